@@ -1,0 +1,117 @@
+/*
+ * kne_backend.h - the op table: the narrow waist between the model graph and a
+ * device. The CPU fills it in kne_cpu.c; another device is another table.
+ *
+ * Conventions. n: rows (tokens of all sequences, packed without padding), d:
+ * model width, f: FFN width, V: vocabulary. All activations are float,
+ * row-major, rows contiguous unless an ld says otherwise. A backward op adds
+ * into dx where its comment says "+=", else it overwrites. Pointers are the device's.
+ *
+ * Invariant (tested): each row of a result depends on that row's inputs alone,
+ * summed in an order that does not depend on n or on the number of threads. So
+ * a batch gives bit for bit what single runs give, and so do 1 or 8 threads.
+ */
+#ifndef KNE_BACKEND_H
+#define KNE_BACKEND_H
+
+#include "kne_model.h"
+
+/*
+ * One sequence of a packed batch. Its queries are rows [q0, q0 + q_len); its keys
+ * and values are rows [kv0, kv0 + kv_len) of the K/V buffers; query i sees keys
+ * 0 .. kv_len - q_len + i. Without a cache kv0 = q0 and kv_len = q_len.
+ */
+typedef struct kne_seq
+{
+    int32_t q0, q_len, kv0, kv_len;
+} kne_seq;
+
+typedef struct kne_attn_shape
+{
+    int32_t n_heads, n_kv_heads, head_dim;
+    int32_t n_seq;
+    const kne_seq *seq;
+    float   scale;
+} kne_attn_shape;
+
+typedef struct kne_backend kne_backend;
+struct kne_backend
+{
+    const char *name; /* "cpu: AVX-512, 2 threads" */
+    void       *ctx;
+
+    /* ---- matrix products ---- */
+    /* y[n, out] = beta y + x[n, in] W^T (+ bias): Linear forward, W in its file's format, either orientation. */
+    void (*linear)(void *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, const kne_mat *w,
+                   const float *bias, int64_t n, float beta);
+    /* dx[n, in] = beta dx + dy[n, out] W: Linear backward to its input. */
+    void (*linear_bwd)(void *ctx, float *dx, int64_t ldx, const float *dy, int64_t ldy, const kne_mat *w,
+                       int64_t n, float beta);
+    /* c[m, p] = beta c + a[k, m]^T b[k, p]: weight gradients of few rows. */
+    void (*matmul_tn)(void *ctx, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+                      int64_t ldb, int64_t m, int64_t p, int64_t k, float beta);
+
+    /* ---- embeddings and norms ---- */
+    void (*embed)(void *ctx, float *x, const kne_mat *tok, const kne_mat *pos_table, const int32_t *id,
+                  const int32_t *pos, int64_t n); /* pos_table NULL or absent: none added */
+    void (*rmsnorm)(void *ctx, float *y, float *rstd, const float *x, const float *w, float eps,
+                    int64_t n, int64_t d);
+    void (*rmsnorm_bwd)(void *ctx, float *dx, const float *dy, const float *x, const float *rstd,
+                        const float *w, int64_t n, int64_t d); /* dx += */
+    void (*layernorm)(void *ctx, float *y, float *mean, float *rstd, const float *x, const float *w,
+                      const float *b, float eps, int64_t n, int64_t d);
+    void (*layernorm_bwd)(void *ctx, float *dx, const float *dy, const float *x, const float *mean,
+                          const float *rstd, const float *w, int64_t n, int64_t d); /* dx += */
+
+    /* ---- attention ---- */
+    /* Rotate in place n rows of n_heads heads, head_dim apart; sign -1: the backward rotation. */
+    void (*rope)(void *ctx, float *x, int64_t ldx, const float *cos, const float *sin, const int32_t *pos,
+                 int64_t n, int32_t n_heads, int32_t head_dim, int32_t rotary_dim, bool interleaved,
+                 float sign);
+    /* o[n, H hd]; lse[n, H] = log-sum-exp of each row of scores, for the backward pass (NULL: not kept). */
+    void (*attention)(void *ctx, float *o, float *lse, const float *q, const float *k, const float *v,
+                      const kne_attn_shape *shape);
+    /* dq, dk, dv overwritten; q [n, H hd], k and v [n, Hkv hd]; no cache. */
+    void (*attention_bwd)(void *ctx, float *dq, float *dk, float *dv, const float *do_, const float *o,
+                          const float *lse, const float *q, const float *k, const float *v,
+                          const kne_attn_shape *shape);
+
+    /* ---- FFN activation: a = act(g) * u, or a = act(u) where g is NULL ---- */
+    void (*act)(void *ctx, float *a, const float *g, const float *u, kne_act_kind kind, int64_t n, int64_t f);
+    void (*act_bwd)(void *ctx, float *dg, float *du, const float *da, const float *g, const float *u,
+                    kne_act_kind kind, int64_t n, int64_t f); /* overwrites */
+
+    /* ---- element-wise ---- */
+    void (*add)(void *ctx, float *y, const float *x, int64_t n_elem); /* y += x */
+    void (*scale_rows)(void *ctx, float *y, const float *s, int64_t n, int64_t d); /* y[r, :] *= s[r] */
+
+    /* ---- losses on rows of logits ---- */
+    /* logp[r] = log softmax(logits[r])[target[r]], best[r] = argmax (lowest id of equals);
+     * dlogits (NULL: not wanted) = coef[r] * (onehot - softmax): the gradient of coef * logp. */
+    void (*logprob)(void *ctx, float *logp, int32_t *best, float *dlogits, const float *logits,
+                    const int32_t *target, const float *coef, int64_t n, int64_t v);
+    /* kl[r] = KL(ref || softmax(logits[r])), ref_logp given as log-probabilities;
+     * dlogits = coef[r] * (softmax - exp(ref_logp)): the gradient of coef * kl. */
+    void (*kl)(void *ctx, float *kl, float *dlogits, const float *logits, const float *ref_logp,
+               const float *coef, int64_t n, int64_t v);
+    void (*log_softmax)(void *ctx, float *logp, const float *logits, int64_t n, int64_t v);
+
+    /* ---- ensembles ---- */
+    void (*gather_cols)(void *ctx, float *y, const float *x, int64_t ldx, const int32_t *col, int64_t n,
+                        int64_t n_col); /* y[n, n_col] = x[:, col] */
+    void (*scatter_cols)(void *ctx, float *x, int64_t ldx, const float *y, const int32_t *col, int64_t n,
+                         int64_t n_col, bool add); /* x[:, col] = or += y */
+    /* score[f] += sum over rows r of coef[r] * a[r, :] * u[r, :] */
+    void (*score)(void *ctx, float *score, const float *a, const float *u, const float *coef, int64_t n,
+                  int64_t f);
+    /* Copy neuron vectors out of a weight matrix as float: rows of W (by_col false) or columns. out[n_idx, len]. */
+    void (*gather_neurons)(void *ctx, float *out, const kne_mat *w, bool by_col, const int32_t *idx,
+                           int64_t n_idx);
+};
+
+/* The CPU's table. n_threads as in kne_pool_new. isa: NULL for the best this machine has, or one of
+ * "portable", "avx2", "avx512", "avx512bf16" (KNE_ERR_UNSUPPORTED when the machine lacks it). */
+kne_status kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *err);
+void       kne_cpu_backend_free(kne_backend *be);
+
+#endif

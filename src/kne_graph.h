@@ -1,0 +1,126 @@
+/*
+ * kne_graph.h - one model graph for all families and devices: forward (keeping
+ * what backward needs), backward (input gradients only), decoding with a cache.
+ *
+ * The graph knows nothing of knowledge editing but two things: an overlay
+ * (effective rows in place of base rows) and a visitor that is shown each
+ * layer's FFN on the way back. Attribution and the optimiser live in the visitor.
+ */
+#ifndef KNE_GRAPH_H
+#define KNE_GRAPH_H
+
+#include "kne_backend.h"
+
+/* Packed sequences, no padding. */
+typedef struct kne_batch
+{
+    int32_t        n;       /* rows = tokens of all sequences */
+    int32_t        n_seq;
+    int32_t        n_out;   /* rows whose logits are wanted */
+    const int32_t *id;      /* (n) */
+    const int32_t *pos;     /* (n) position in its sequence */
+    const kne_seq *seq;     /* (n_seq) */
+    const int32_t *out_row; /* (n_out), ascending */
+} kne_batch;
+
+/*
+ * Edited neurons of one layer, ascending. value_diff: effective minus base
+ * value vectors (columns of W_down), NULL: none edited. gate, up: effective key
+ * vectors, which replace the base's results; NULL: not edited (both or neither where gated).
+ */
+typedef struct kne_overlay_layer
+{
+    int32_t        n;
+    const int32_t *neuron;     /* (n) */
+    const float   *value_diff; /* (n, d) */
+    const float   *gate, *up;  /* (n, d) */
+} kne_overlay_layer;
+
+typedef struct kne_overlay
+{
+    const kne_overlay_layer *layer; /* (L) */
+} kne_overlay;
+
+/* What a forward pass keeps of one layer; valid until the next forward on the same workspace. */
+typedef struct kne_saved
+{
+    float *x_in;             /* (n, d) residual stream entering the layer */
+    float *h1, *mean1, *rstd1;
+    float *q, *k, *v;        /* after q/k norm and RoPE */
+    float *q_raw, *k_raw, *q_rstd, *k_rstd; /* before q/k norm, where there is one */
+    float *attn, *lse;       /* (n, H hd), (n, H) */
+    float *x_mid;            /* (n, d) after attention (sequential blocks) */
+    float *h2, *mean2, *rstd2;
+    float *gate, *up, *a;    /* (n, f) before the activation, and after */
+} kne_saved;
+
+/*
+ * A workspace: one allocation, sized once for the largest pass that will use it.
+ * keep: save every layer for a backward pass; without it layers share one set.
+ */
+typedef struct kne_work
+{
+    kne_arena  arena;
+    int32_t    max_n, max_out, max_overlay;
+    bool       keep;
+    kne_saved *layer;    /* (L) */
+    float     *x;        /* (max_n, d) the residual stream; after forward: before the final norm */
+    float     *logits;   /* (max_out, V) */
+    float     *dlogits;  /* (max_out, V), keep only: filled by the caller before backward */
+    void      *impl;
+} kne_work;
+
+typedef struct kne_work_shape
+{
+    int32_t max_n, max_out;
+    int32_t max_overlay;     /* most overlay neurons of one layer */
+    bool    keep;
+} kne_work_shape;
+
+kne_status kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err);
+void       kne_work_free(kne_work *w);
+
+/*
+ * What the visitor is shown after the FFN's backward of one layer, top to bottom.
+ * dy: gradient at the FFN's output y = alpha * (W_down a) + b, before alpha.
+ * u = dy W_down + overlay part, so da = alpha * u. dgate, du: at the pre-activations.
+ */
+typedef struct kne_ffn_grad
+{
+    int32_t      layer;
+    int32_t      n;
+    const float *h;          /* (n, d) input of the FFN */
+    const float *a;          /* (n, f) */
+    const float *dy;         /* (n, d) */
+    const float *u;          /* (n, f) */
+    const float *dgate, *dup; /* (n, f); dgate NULL without a gate */
+} kne_ffn_grad;
+typedef void (*kne_ffn_visitor)(void *ctx, const kne_ffn_grad *g);
+
+/*
+ * Forward from first_layer (0: from the embedding; > 0: from work->layer[first_layer].x_in
+ * as an earlier pass over the same batch left it) to the logits of out rows.
+ * alpha: NULL, or L pointers, each NULL or (n): a factor for the layer's FFN output of each row, bias excluded.
+ * Sizes are checked against the workspace (KNE_ERR_INTERNAL); ids and positions are the caller's duty.
+ */
+kne_status kne_forward(const kne_model *m, kne_backend *be, kne_work *w, const kne_batch *b,
+                       const kne_overlay *ov, const float *const *alpha, int32_t first_layer, kne_err *err);
+
+/*
+ * Backward of the last forward (workspace with keep) from w->dlogits (n_out, V),
+ * down to and including the FFN of last_layer; nothing below is computed. The visitor sees each layer's FFN.
+ */
+kne_status kne_backward(const kne_model *m, kne_backend *be, kne_work *w, const kne_batch *b,
+                        const kne_overlay *ov, const float *const *alpha, int32_t last_layer,
+                        kne_ffn_visitor visit, void *visit_ctx, kne_err *err);
+
+/*
+ * Greedy continuation with a K/V cache: appends up to max_tokens ids, stops at the
+ * end-of-text id (not appended) or a full context. ids of the tokenizer's range only.
+ * yield (may be NULL) is called between tokens; non-zero stops with KNE_ERR_CANCELLED.
+ */
+kne_status kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
+                        int32_t n_prompt, int32_t max_tokens, int (*yield)(void *), void *yield_ctx,
+                        kne_ids *out, kne_err *err);
+
+#endif
