@@ -35,7 +35,7 @@ typedef struct kne_err
     kne_status code;
     char       msg[512];
     char       detail[512];
-    char       hint[256];
+    char       hint[512];
 } kne_err;
 
 /* Fill *err (may be NULL) and return code. Clears detail and hint. */
