@@ -70,6 +70,7 @@ typedef struct kne_edit_outcome
     int64_t           edit_id;
     int               outcome;  /* enum kne_outcome */
     char              message[512];
+    char             *answer_before; /* what the model said: greedy, see kne_protocol.h */
     int32_t           steps, n_tokens;
     double            p_before, p_after, norm;
     int32_t           n_ensemble;

@@ -66,6 +66,7 @@ enum kne_msg
      *            f64 seconds of attribution, f64 seconds of optimisation,
      *            n * (i64 edit_id, u8 outcome, str message, i32 steps,
      *                 f64 probability before, f64 probability after (of the whole object), f64 norm of all deltas,
+     *                 str answer before (greedy, up to 16 tokens, cut at the first full stop or line end),
      *                 n * (i32 layer, i32 neuron, f32 score, n * f32 score of each object token)   the ensemble
      *                 digest (zeros without rows), n * (i32 layer, i32 neuron, u8 matrix, n * f32)) the delta rows, ascending
      *            n * i32: indices of known facts that held before this batch and no longer do
