@@ -1,0 +1,117 @@
+/*
+ * kne_generate.c - greedy decoding with a K/V cache: the prompt in one pass,
+ * then one row a token.
+ *
+ * Contract: at most n_ctx positions are fed, so the last id may be the
+ * prediction that the last position makes. A decoding row sees the same numbers
+ * in the same order as in a pass over the whole sequence.
+ */
+#include "kne_graph_impl.h"
+
+#include <stdlib.h>
+
+static kne_status
+reserve(kne_ids *ids, int32_t extra, kne_err *err)
+{
+    int32_t  need;
+    int32_t *grown;
+
+    if (__builtin_add_overflow(ids->n, extra, &need))
+        return kne_error(err, KNE_ERR_LIMIT, "too many tokens");
+    if (need <= ids->cap)
+        return KNE_OK;
+    grown = realloc(ids->id, (size_t) need * sizeof *grown);
+    if (!grown)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    ids->id = grown;
+    ids->cap = need;
+    return KNE_OK;
+}
+
+static kne_status
+check_prompt(const kne_model *m, const int32_t *prompt, int32_t n_prompt, kne_err *err)
+{
+    if (n_prompt < 1)
+        return kne_error(err, KNE_ERR_INVALID, "empty prompt");
+    if (n_prompt > m->arch.n_ctx)
+    {
+        kne_error(err, KNE_ERR_LIMIT, "prompt is too long for the model");
+        kne_error_detail(err, "The prompt has %d tokens, the model's context %d.", n_prompt,
+                         m->arch.n_ctx);
+        return KNE_ERR_LIMIT;
+    }
+    for (int32_t i = 0; i < n_prompt; i++)
+        if (prompt[i] < 0 || prompt[i] >= m->arch.vocab_size)
+            return kne_error(err, KNE_ERR_INVALID, "token id %d is outside the model's vocabulary",
+                             prompt[i]);
+    return KNE_OK;
+}
+
+static int32_t
+max_edits(const kne_model *m, const kne_overlay *ov)
+{
+    int32_t most = 0;
+
+    for (int32_t l = 0; ov && l < m->arch.n_layers; l++)
+        if (ov->layer[l].n > most)
+            most = ov->layer[l].n;
+    return most;
+}
+
+kne_status
+kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
+             int32_t n_prompt, int32_t max_tokens, int (*yield)(void *), void *yield_ctx,
+             kne_ids *out, kne_err *err)
+{
+    kne_work  *w = NULL;
+    int32_t   *pos = NULL;
+    int32_t    steps, n_known = m->arch.vocab_size;
+    kne_status st;
+
+    KNE_TRY(check_prompt(m, prompt, n_prompt, err));
+    steps = m->arch.n_ctx - n_prompt + 1;
+    if (steps > max_tokens)
+        steps = max_tokens;
+    if (steps < 1)
+        return KNE_OK;
+    /* Rows of the head beyond the tokenizer's ids are padding: never chosen. */
+    if (m->tokenizer && kne_tokenizer_vocab_size(m->tokenizer) < n_known)
+        n_known = kne_tokenizer_vocab_size(m->tokenizer);
+    KNE_TRY(reserve(out, steps, err));
+
+    pos = malloc((size_t) n_prompt * sizeof *pos);
+    if (!pos)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    for (int32_t i = 0; i < n_prompt; i++)
+        pos[i] = i;
+    kne_work_shape shape = {.max_n = n_prompt, .max_out = 1, .max_overlay = max_edits(m, ov)};
+    int32_t        next = -1;
+
+    st = kne_work_new_cached(m, shape, n_prompt + steps - 1, &w, err);
+
+    for (int32_t i = 0, past = 0; st == KNE_OK && i < steps; i++)
+    {
+        int32_t   n = i ? 1 : n_prompt, last = n - 1, target = 0;
+        float     coef = 0.0f, logp;
+        kne_seq   seq = {.q0 = 0, .q_len = n, .kv0 = 0, .kv_len = past + n};
+        kne_batch b = {
+            .n = n, .n_seq = 1, .n_out = 1, .id = i ? &next : prompt, .pos = i ? &past : pos,
+            .seq = &seq, .out_row = &last,
+        };
+
+        if (yield && yield(yield_ctx))
+            st = kne_error(err, KNE_ERR_CANCELLED, "generation was cancelled");
+        else
+            st = kne_forward_cached(m, be, w, &b, ov, NULL, 0, past, err);
+        if (st != KNE_OK)
+            break;
+        be->logprob(be->ctx, &logp, &next, NULL, w->logits, &target, &coef, 1, n_known);
+        if (next == m->arch.eos_id)
+            break;
+        out->id[out->n++] = next;
+        past += n;
+    }
+    kne_work_free(w);
+    free(pos);
+    return st;
+}

@@ -1,0 +1,195 @@
+/*
+ * kne_work.c - the workspace of the graph's passes: one allocation, laid out
+ * by a function that runs twice (count, then hand out; see kne_arena).
+ *
+ * Without keep every layer's kne_saved names the same buffers, and x_in and
+ * x_mid are the residual stream itself, so the graph needs no second code path.
+ */
+#include "kne_graph_impl.h"
+
+#include <stdlib.h>
+
+static float *
+floats(kne_arena *arena, int64_t rows, int64_t cols)
+{
+    return kne_arena_take(arena, (size_t) rows, (size_t) cols * sizeof(float));
+}
+
+/* K and V of a layer; apart from the rest because a cache is kept layer by layer. */
+static void
+layout_kv(kne_arena *arena, const kne_arch *a, kne_saved *s, int64_t rows)
+{
+    s->k = floats(arena, rows, (int64_t) a->n_kv_heads * a->head_dim);
+    s->v = floats(arena, rows, (int64_t) a->n_kv_heads * a->head_dim);
+}
+
+static void
+layout_layer(kne_arena *arena, const kne_arch *a, kne_saved *s, int64_t n, float *x)
+{
+    int64_t d = a->d_model, f = a->d_ff, h = a->n_heads, hkv = a->n_kv_heads, hd = a->head_dim;
+    bool    layernorm = a->norm == KNE_LAYERNORM;
+
+    s->x_in = x ? x : floats(arena, n, d);
+    s->h1 = floats(arena, n, d);
+    s->mean1 = layernorm ? floats(arena, n, 1) : NULL;
+    s->rstd1 = floats(arena, n, 1);
+    s->q = floats(arena, n, h * hd);
+    if (a->qk_norm)
+    {
+        s->q_raw = floats(arena, n, h * hd);
+        s->k_raw = floats(arena, n, hkv * hd);
+        s->q_rstd = floats(arena, n, h);
+        s->k_rstd = floats(arena, n, hkv);
+    }
+    s->attn = floats(arena, n, h * hd);
+    s->lse = floats(arena, n, h);
+    if (a->block == KNE_BLOCK_SEQUENTIAL)
+        s->x_mid = x ? x : floats(arena, n, d);
+    if (a->block == KNE_BLOCK_PARALLEL_ONE_NORM)
+    {
+        s->h2 = s->h1;
+        s->mean2 = s->mean1;
+        s->rstd2 = s->rstd1;
+    }
+    else
+    {
+        s->h2 = floats(arena, n, d);
+        s->mean2 = layernorm ? floats(arena, n, 1) : NULL;
+        s->rstd2 = floats(arena, n, 1);
+    }
+    s->gate = a->gated ? floats(arena, n, f) : NULL;
+    s->up = floats(arena, n, f);
+    s->a = floats(arena, n, f);
+}
+
+static void
+layout_backward(kne_arena *arena, const kne_arch *a, kne_work_impl *s, int64_t n)
+{
+    int64_t d = a->d_model, f = a->d_ff;
+    int64_t k = (int64_t) a->n_heads * a->head_dim, kv = (int64_t) a->n_kv_heads * a->head_dim;
+
+    s->dx = floats(arena, n, d);
+    s->dh2 = floats(arena, n, d);
+    s->dh1 = a->block == KNE_BLOCK_PARALLEL_ONE_NORM ? s->dh2 : floats(arena, n, d);
+    s->u = floats(arena, n, f);
+    s->dgate = a->gated ? floats(arena, n, f) : NULL;
+    s->dup = floats(arena, n, f);
+    s->dattn = floats(arena, n, k);
+    s->dq = floats(arena, n, k);
+    s->dk = floats(arena, n, kv);
+    s->dv = floats(arena, n, kv);
+    if (a->qk_norm)
+    {
+        s->dq_raw = floats(arena, n, k);
+        s->dk_raw = floats(arena, n, kv);
+    }
+}
+
+static void
+layout(kne_work *w, kne_work_impl *s, const kne_model *m, kne_saved *scratch)
+{
+    const kne_arch *a = &m->arch;
+    kne_arena      *arena = &w->arena;
+    int64_t         n = w->max_n, d = a->d_model, k = (int64_t) a->n_heads * a->head_dim;
+    bool            counting = !arena->base;
+    bool            cached = s->max_kv > 0;
+    kne_saved       one = {0};
+
+    w->layer = kne_arena_take(arena, (size_t) a->n_layers, sizeof *w->layer);
+    w->x = floats(arena, n, d);
+    w->logits = floats(arena, w->max_out, a->vocab_size);
+    w->dlogits = w->keep ? floats(arena, w->max_out, a->vocab_size) : NULL;
+
+    if (!w->keep)
+        layout_layer(arena, a, &one, n, w->x);
+    if (!w->keep && !cached)
+        layout_kv(arena, a, &one, n);
+    for (int32_t l = 0; l < a->n_layers; l++)
+    {
+        kne_saved *at = counting ? scratch : &w->layer[l];
+
+        *at = one;
+        if (w->keep)
+            layout_layer(arena, a, at, n, NULL);
+        if (w->keep || cached)
+            layout_kv(arena, a, at, cached ? s->max_kv : n);
+    }
+
+    s->y = floats(arena, n, d);
+    if (a->qkv == KNE_QKV_PER_HEAD)
+    {
+        s->qkv = floats(arena, n, 3 * k);
+        for (int part = 0; part < 3; part++)
+            s->split[part] = kne_arena_take(arena, (size_t) k, sizeof(int32_t));
+    }
+    s->ones = floats(arena, n, 1);
+    s->edit = floats(arena, n, w->max_overlay);
+    s->edit_bias = floats(arena, w->max_overlay, 1);
+    s->final_h = floats(arena, w->max_out, d);
+    s->final_mean = floats(arena, w->max_out, 1);
+    s->final_rstd = floats(arena, w->max_out, 1);
+    if (w->keep)
+        layout_backward(arena, a, s, n);
+}
+
+/* The constants that live in a workspace. */
+static void
+fill(const kne_work *w, const kne_work_impl *s, const kne_arch *a)
+{
+    for (int32_t r = 0; r < w->max_n; r++)
+        s->ones[r] = 1.0f;
+    if (a->qkv != KNE_QKV_PER_HEAD)
+        return;
+    for (int32_t part = 0; part < 3; part++)
+        for (int32_t i = 0; i < a->n_heads * a->head_dim; i++)
+            s->split[part][i] = (i / a->head_dim * 3 + part) * a->head_dim + i % a->head_dim;
+}
+
+kne_status
+kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kne_work **out,
+                    kne_err *err)
+{
+    struct { kne_work w; kne_work_impl s; } *both;
+    kne_saved  scratch;
+    kne_status st;
+
+    *out = NULL;
+    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || max_kv < 0 ||
+        (shape.keep && max_kv > 0))
+        return kne_error(err, KNE_ERR_INTERNAL, "impossible workspace: %d rows, %d out, %d edited",
+                         shape.max_n, shape.max_out, shape.max_overlay);
+    both = calloc(1, sizeof *both);
+    if (!both)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    both->w = (kne_work) {
+        .max_n = shape.max_n, .max_out = shape.max_out, .max_overlay = shape.max_overlay,
+        .keep = shape.keep, .impl = &both->s,
+    };
+    both->s.max_kv = max_kv;
+    layout(&both->w, &both->s, m, &scratch);
+    st = kne_arena_commit(&both->w.arena, err);
+    if (st != KNE_OK)
+    {
+        free(both);
+        return st;
+    }
+    layout(&both->w, &both->s, m, &scratch);
+    fill(&both->w, &both->s, &m->arch);
+    *out = &both->w;
+    return KNE_OK;
+}
+
+kne_status
+kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err)
+{
+    return kne_work_new_cached(m, shape, 0, out, err);
+}
+
+void
+kne_work_free(kne_work *w)
+{
+    if (!w)
+        return;
+    kne_arena_free(&w->arena);
+    free(w); /* the first member of what kne_work_new_cached allocated */
+}
