@@ -75,7 +75,7 @@ typedef struct kne_mat
 typedef struct kne_layer
 {
     const float *norm1_w, *norm1_b, *norm2_w, *norm2_b; /* (d) */
-    kne_mat      q, k, v, o;
+    kne_mat      q, k, v, o;                            /* KNE_QKV_PER_HEAD: q and q_b hold all three, k and v absent */
     const float *q_b, *k_b, *v_b, *o_b;
     const float *q_norm, *k_norm;                       /* (head_dim) */
     kne_mat      gate, up, down;                        /* f x d, f x d, d x f (as maths; see transposed) */
