@@ -1,11 +1,11 @@
 /*
  * kne_pool.c - the thread pool.
  *
- * One 64-bit word holds (job number, next task); a task is claimed by advancing
- * it with compare-and-swap. A claim that succeeds proves that the job read
- * before is still the current one: the caller cannot leave, nor start another
- * job, while a task is unclaimed. So a thread that wakes late finds nothing and
- * nobody waits for it. Idle threads spin for some microseconds (the ops of one
+ * One 64-bit word holds (job number, tasks unclaimed); a task is claimed by
+ * counting it down with compare-and-swap. A claim that succeeds proves that the
+ * job read before is still the current one: the caller cannot leave, nor set up
+ * another job, while a task is unclaimed. So a thread that wakes late finds
+ * nothing and nobody waits for it. Idle threads spin for some microseconds (the ops of one
  * step follow each other closely), then park on a condition variable.
  */
 #include "kne_pool.h"
@@ -31,7 +31,7 @@ typedef struct pool_thread
 
 struct kne_pool
 {
-    _Alignas(64) _Atomic uint64_t head; /* job << 32 | next task */
+    _Alignas(64) _Atomic uint64_t head; /* job << 32 | tasks unclaimed */
     /* The job; stable while a task of it is unclaimed or running. */
     _Atomic(pool_fn) fn;
     _Atomic(void *)  ctx;
@@ -74,21 +74,13 @@ pool_work(kne_pool *p, int thread)
         void    *ctx = atomic_load_explicit(&p->ctx, memory_order_relaxed);
         int64_t  base = atomic_load_explicit(&p->base, memory_order_relaxed);
         uint32_t n = atomic_load_explicit(&p->n_tasks, memory_order_relaxed);
-        uint32_t task = (uint32_t) head;
+        uint32_t left = (uint32_t) head;
 
-        if (task >= n)
-        {
-            /* n may belong to a job that is being set up: look again only if the word moved. */
-            uint64_t again = atomic_load(&p->head);
-
-            if (again == head)
-                return;
-            head = again;
+        if (left == 0)
+            return;
+        if (!atomic_compare_exchange_weak(&p->head, &head, head - 1))
             continue;
-        }
-        if (!atomic_compare_exchange_weak(&p->head, &head, head + 1))
-            continue;
-        fn(ctx, base + task, thread);
+        fn(ctx, base + (n - left), thread);
         if (atomic_fetch_add(&p->done, 1) + 1 == n && atomic_load(&p->caller_waits))
         {
             pthread_mutex_lock(&p->lock);
@@ -247,7 +239,7 @@ pool_run_part(kne_pool *p, pool_fn fn, void *ctx, int64_t base, uint32_t n)
     atomic_store_explicit(&p->base, base, memory_order_relaxed);
     atomic_store_explicit(&p->n_tasks, n, memory_order_relaxed);
     atomic_store_explicit(&p->done, 0, memory_order_relaxed);
-    atomic_store(&p->head, (uint64_t) job << 32);
+    atomic_store(&p->head, (uint64_t) job << 32 | n);
     if (atomic_load(&p->parked) > 0)
     {
         pthread_mutex_lock(&p->lock);

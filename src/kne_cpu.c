@@ -1,0 +1,234 @@
+/*
+ * kne_cpu.c - the CPU's op table: choosing the instruction set, and splitting
+ * matrix products into tasks.
+ *
+ * Tasks are blocks of outputs x rows; a sum is never split, so the number of
+ * threads cannot change a bit (kne_gemm_impl.h has the other half of that).
+ */
+#include "kne_cpu.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Below so many multiply-adds a product stays on the caller: a hand-off costs about a microsecond. */
+#define SPLIT_MIN 200000.0
+
+typedef void (*gemm_kernel)(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1,
+                            void *scratch);
+
+typedef struct gemm_job
+{
+    const kne_gemm *g;
+    kne_cpu        *cpu;
+    gemm_kernel     kernel;
+    int64_t         out, n;
+    int64_t         o_step, r_step, r_blocks;
+} gemm_job;
+
+static inline int64_t
+min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static void
+gemm_task(void *arg, int64_t task, int thread)
+{
+    const gemm_job *j = arg;
+    int64_t         o0 = task / j->r_blocks * j->o_step, r0 = task % j->r_blocks * j->r_step;
+
+    j->kernel(j->g, o0, min64(o0 + j->o_step, j->out), r0, min64(r0 + j->r_step, j->n),
+              j->cpu->scratch + (size_t) thread * KNE_CPU_SCRATCH);
+}
+
+/* o_unit, o_max, r_max: outputs come in multiples of o_unit; the largest block of a task. */
+static void
+gemm_run(kne_cpu *cpu, const kne_gemm *g, gemm_kernel kernel, int64_t out, int64_t n,
+         int64_t o_unit, int64_t o_max, int64_t r_max)
+{
+    gemm_job job = {.g = g, .cpu = cpu, .kernel = kernel, .out = out, .n = n};
+    double   work = (double) out * (double) n * (double) g->k;
+
+    if (n <= 0 || out <= 0)
+        return;
+    job.o_step = min64(out, o_max);
+    job.r_step = min64(n, r_max);
+    if (cpu->n_threads > 1 && work >= SPLIT_MIN)
+    {
+        /* at least four tasks a thread where the shape allows: threads may be uneven */
+        int64_t want = cpu->n_threads * 4;
+        int64_t r_blocks = (n + job.r_step - 1) / job.r_step;
+        int64_t o_want = (want + r_blocks - 1) / r_blocks;
+        int64_t step = (out + o_want - 1) / o_want;
+
+        step = (step + o_unit - 1) / o_unit * o_unit;
+        job.o_step = min64(job.o_step, step);
+    }
+    job.r_blocks = (n + job.r_step - 1) / job.r_step;
+    {
+        int64_t tasks = (out + job.o_step - 1) / job.o_step * job.r_blocks;
+
+        if (work < SPLIT_MIN)
+            for (int64_t t = 0; t < tasks; t++)
+                gemm_task(&job, t, 0);
+        else
+            kne_pool_run(cpu->pool, gemm_task, &job, tasks);
+    }
+}
+
+static void
+gemm_nt(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
+{
+    /* rows of x of a block stay in half of a second-level cache while rows of W pass by */
+    int64_t r_max = 512 * 1024 / (int64_t) sizeof(float) / (g->k > 0 ? g->k : 1);
+
+    gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max);
+}
+
+static void
+gemm_nn(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
+{
+    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, 512, 60);
+}
+
+static void
+linear(void *ctx, float *y, int64_t ldy, const float *x, int64_t ldx, const kne_mat *w,
+       const float *bias, int64_t n, float beta)
+{
+    kne_gemm g = {.y = y, .ldy = ldy, .x = x, .xs_row = ldx, .xs_k = 1, .w = w->data,
+                  .type = w->type, .ldw = w->ld, .bias = bias, .beta = beta};
+
+    g.k = w->transposed ? w->rows : w->cols;
+    if (w->transposed)
+        gemm_nn(ctx, &g, w->cols, n);
+    else
+        gemm_nt(ctx, &g, w->rows, n);
+}
+
+static void
+linear_bwd(void *ctx, float *dx, int64_t ldx, const float *dy, int64_t ldy, const kne_mat *w,
+           int64_t n, float beta)
+{
+    kne_gemm g = {.y = dx, .ldy = ldx, .x = dy, .xs_row = ldy, .xs_k = 1, .w = w->data,
+                  .type = w->type, .ldw = w->ld, .beta = beta};
+
+    g.k = w->transposed ? w->cols : w->rows;
+    if (w->transposed)
+        gemm_nt(ctx, &g, w->rows, n);
+    else
+        gemm_nn(ctx, &g, w->cols, n);
+}
+
+static void
+matmul_tn(void *ctx, float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+          int64_t ldb, int64_t m, int64_t p, int64_t k, float beta)
+{
+    kne_gemm g = {.y = c, .ldy = ldc, .x = a, .xs_row = 1, .xs_k = lda, .w = (const char *) b,
+                  .type = KNE_F32, .ldw = ldb, .beta = beta, .k = k};
+
+    gemm_nn(ctx, &g, p, m);
+}
+
+/* ---- instruction sets ---- */
+
+typedef struct isa_row
+{
+    const char *name, *shown;
+    bool (*here)(void);
+    const kne_gemm_kernels *gemm;
+    void (*fill)(kne_backend *be);
+} isa_row;
+
+static bool
+isa_always(void)
+{
+    return true;
+}
+
+#if defined(__x86_64__)
+static bool
+isa_avx2(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+static bool
+isa_avx512(void)
+{
+    return isa_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+/* Best first. There is no avx512bf16 row: its products round activations to bfloat16. */
+static const isa_row isa_table[] = {
+#if defined(__x86_64__)
+    {"avx512", "AVX-512", isa_avx512, &kne_gemm_avx512, kne_ops_fill_avx512},
+    {"avx2", "AVX2", isa_avx2, &kne_gemm_avx2, kne_ops_fill_avx2},
+#endif
+    {"portable", "portable", isa_always, &kne_gemm_portable, kne_ops_fill_portable},
+};
+
+kne_status
+kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *err)
+{
+    const isa_row *row = NULL;
+    kne_cpu       *cpu;
+    kne_status     st;
+    size_t         size;
+
+    *out = NULL;
+    for (size_t i = 0; i < sizeof(isa_table) / sizeof(isa_table[0]) && row == NULL; i++)
+        if (isa ? strcmp(isa, isa_table[i].name) == 0 : isa_table[i].here())
+            row = &isa_table[i];
+    if (row == NULL)
+        return kne_error(err, KNE_ERR_UNSUPPORTED, "unknown instruction set \"%s\"", isa ? isa : "");
+    if (!row->here())
+        return kne_error(err, KNE_ERR_UNSUPPORTED, "this machine does not have %s", row->shown);
+
+    cpu = calloc(1, sizeof(*cpu));
+    if (cpu == NULL)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory for the CPU backend");
+    st = kne_pool_new(n_threads, &cpu->pool, err);
+    if (st != KNE_OK)
+    {
+        free(cpu);
+        return st;
+    }
+    cpu->n_threads = kne_pool_size(cpu->pool);
+    size = (size_t) cpu->n_threads * KNE_CPU_SCRATCH;
+    cpu->scratch_raw = malloc(size + 64);
+    if (cpu->scratch_raw == NULL)
+    {
+        kne_cpu_backend_free(&cpu->be);
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory for the CPU backend");
+    }
+    cpu->scratch = (char *) (((uintptr_t) cpu->scratch_raw + 63) & ~(uintptr_t) 63);
+    cpu->gemm = row->gemm;
+    snprintf(cpu->name, sizeof(cpu->name), "cpu: %s, %d thread%s", row->shown, cpu->n_threads,
+             cpu->n_threads == 1 ? "" : "s");
+    cpu->be.name = cpu->name;
+    cpu->be.ctx = cpu;
+    cpu->be.linear = linear;
+    cpu->be.linear_bwd = linear_bwd;
+    cpu->be.matmul_tn = matmul_tn;
+    row->fill(&cpu->be);
+    *out = &cpu->be;
+    return KNE_OK;
+}
+
+void
+kne_cpu_backend_free(kne_backend *be)
+{
+    kne_cpu *cpu;
+
+    if (be == NULL)
+        return;
+    cpu = be->ctx ? be->ctx : (kne_cpu *) (void *) be;
+    kne_pool_free(cpu->pool);
+    free(cpu->scratch_raw);
+    free(cpu);
+}

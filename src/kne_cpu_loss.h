@@ -1,0 +1,151 @@
+/*
+ * kne_cpu_loss.h - log-softmax, target log-probability, KL divergence (part of
+ * kne_cpu_ops_impl.h). Sums: lanes over blocks of 512, blocks added in double.
+ */
+
+/* The largest element; its lowest index in *best. NaN is never the largest. */
+INLINE kne_real
+row_max(const kne_real *x, int64_t n, int32_t *best)
+{
+    vr       m = vr_set1(-INFINITY);
+    kne_real s[LANES], max;
+
+    FOR_VECTORS(i, n)
+    {
+        vr v = LOAD(x + i, -INFINITY);
+
+        m = vr_select(v > m, v, m);
+    }
+    vr_store(s, m);
+    max = s[0];
+    for (int i = 1; i < LANES; i++)
+        max = s[i] > max ? s[i] : max;
+    if (best)
+    {
+        *best = 0;
+        for (int64_t i = 0; i < n; i++)
+            if (x[i] == max)
+            {
+                *best = (int32_t) i;
+                break;
+            }
+    }
+    return max;
+}
+
+INLINE double
+row_lse(const kne_real *x, int64_t n, kne_real max)
+{
+    double sum;
+
+    if (max == -INFINITY)
+        max = 0;
+    BLOCK_SUM(sum, n, vr_exp(LOAD(x + i, -INFINITY) - max));
+    return (double) max + log(sum);
+}
+
+/* vr_exp of the filled lanes of a partial load is 0, so they add nothing. */
+
+OP_ARGS(logprob, kne_real *logp; int32_t *best; kne_real *dlogits; const kne_real *logits;
+        const int32_t *target; const kne_real *coef; int64_t v;)
+
+static void
+logprob_rows(const logprob_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+    {
+        const kne_real *x = a->logits + r * a->v;
+        kne_real        max = row_max(x, a->v, a->best ? &a->best[r] : NULL);
+        double          lse = row_lse(x, a->v, max);
+
+        if (a->logp)
+            a->logp[r] = (kne_real) ((double) x[a->target[r]] - lse);
+        if (a->dlogits)
+        {
+            kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
+            kne_real  l = (kne_real) lse;
+
+            FOR_VECTORS(i, a->v)
+                STORE(g + i, vr_exp(LOAD(x + i, 0) - l) * -c);
+            g[a->target[r]] += c;
+        }
+    }
+}
+OP_TASK(logprob)
+
+static void
+logprob(void *ctx, kne_real *logp, int32_t *best, kne_real *dlogits, const kne_real *logits,
+        const int32_t *target, const kne_real *coef, int64_t n, int64_t v)
+{
+    SPLIT(logprob, n, 30 + (dlogits ? 0.9 : 0.5) * (double) v, 1, logp, best, dlogits, logits,
+          target, coef, v);
+}
+
+OP_ARGS(kl, kne_real *kl; kne_real *dlogits; const kne_real *logits; const kne_real *ref;
+        const kne_real *coef; int64_t v;)
+
+static void
+kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+    {
+        const kne_real *x = a->logits + r * a->v, *ref = a->ref + r * a->v;
+        kne_real        l = (kne_real) row_lse(x, a->v, row_max(x, a->v, NULL));
+        double          sum = 0;
+
+        for (int64_t b = 0; b < a->v; b += SUM_BLOCK)
+        {
+            int64_t e = a->v - b < SUM_BLOCK ? a->v - b : SUM_BLOCK;
+            vr      acc = vr_set1(0), zero = acc;
+
+            FOR_VECTORS(i, e)
+            {
+                vr q = LOAD(ref + b + i, -INFINITY), p = vr_exp(q);
+                vr term = p * (q - (LOAD(x + b + i, 0) - l));
+
+                acc += vr_select(p > zero, term, zero); /* 0 log 0 = 0 */
+            }
+            sum += (double) vr_sum(acc);
+        }
+        if (a->kl)
+            a->kl[r] = (kne_real) sum;
+        if (a->dlogits)
+        {
+            kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
+
+            FOR_VECTORS(i, a->v)
+                STORE(g + i, (vr_exp(LOAD(x + i, 0) - l) - vr_exp(LOAD(ref + i, 0))) * c);
+        }
+    }
+}
+OP_TASK(kl)
+
+static void
+kl(void *ctx, kne_real *kl_out, kne_real *dlogits, const kne_real *logits, const kne_real *ref_logp,
+   const kne_real *coef, int64_t n, int64_t v)
+{
+    SPLIT(kl, n, 30 + 1.5 * (double) v, 1, kl_out, dlogits, logits, ref_logp, coef, v);
+}
+
+OP_ARGS(log_softmax, kne_real *logp; const kne_real *logits; int64_t v;)
+
+static void
+log_softmax_rows(const log_softmax_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+    {
+        const kne_real *x = a->logits + r * a->v;
+        kne_real       *y = a->logp + r * a->v;
+        kne_real        l = (kne_real) row_lse(x, a->v, row_max(x, a->v, NULL));
+
+        FOR_VECTORS(i, a->v)
+            STORE(y + i, LOAD(x + i, 0) - l);
+    }
+}
+OP_TASK(log_softmax)
+
+static void
+log_softmax(void *ctx, kne_real *logp, const kne_real *logits, int64_t n, int64_t v)
+{
+    SPLIT(log_softmax, n, 30 + 0.6 * (double) v, 1, logp, logits, v);
+}

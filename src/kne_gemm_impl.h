@@ -1,0 +1,308 @@
+/*
+ * kne_gemm_impl.h - the two matrix kernels, written once over kne_vec.h and
+ * compiled for each instruction set (KNE_GEMM_TABLE names the result).
+ *
+ * Contract, on which batch and thread invariance rest: an output element is
+ *   nt: VL accumulators over k = lane, lane + VL, ... in order, then vf_sum4;
+ *   nn: one accumulator over k = 0, 1, 2, ... in order;
+ * with fused multiply-add from 0, whatever the tile, the block or the task.
+ * Then (+ bias), then beta y + it. Accumulators parked in memory keep their bits.
+ */
+#include "kne_cpu.h"
+#include "kne_vec.h"
+
+#if VL == 16
+#define NT_R 4 /* outputs x rows of x of one tile, in registers */
+#define NT_C 6
+#define NN_V 4 /* vectors of outputs x rows of one tile */
+#define NN_T 6
+#elif VL == 8
+#define NT_R 2
+#define NT_C 6
+#define NN_V 2
+#define NN_T 6
+#else
+#define NT_R 2
+#define NT_C 4
+#define NN_V 2
+#define NN_T 4
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+KNE_INLINE float
+finish(const kne_gemm *g, float sum, int64_t o, float y)
+{
+    if (g->bias)
+        sum += g->bias[o];
+    return g->beta == 0 ? sum : g->beta * y + sum;
+}
+
+/* ---- nt: y[r, o] = sum_k x[r, k] w[o, k] ---- */
+
+/* nr <= R outputs from o, C rows from r. */
+KNE_INLINE void
+nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64_t o, int nr,
+        int64_t r)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2;
+    const char   *w[8];
+    const float  *x = g->x + r * g->xs_row;
+    vf            acc[8 * NT_C], wv[8];
+    float         sum[8 * NT_C + 4] = {0};
+    int64_t       k = 0;
+
+    UNROLL
+    for (int i = 0; i < R; i++) /* past the last output: the last again, dropped below */
+        w[i] = g->w + (o + (i < nr ? i : nr - 1)) * g->ldw * size;
+    UNROLL
+    for (int i = 0; i < R * C; i++)
+        acc[i] = vf_zero();
+    for (; k + VL <= g->k; k += VL)
+    {
+        UNROLL
+        for (int i = 0; i < R; i++)
+            wv[i] = vf_load_w(w[i] + k * size, type);
+        UNROLL
+        for (int c = 0; c < C; c++)
+        {
+            vf xv = vf_load(x + c * g->xs_row + k);
+
+            UNROLL
+            for (int i = 0; i < R; i++)
+                acc[c * R + i] = vf_fma(wv[i], xv, acc[c * R + i]);
+        }
+    }
+    if (k < g->k)
+    {
+        int left = (int) (g->k - k);
+
+        UNROLL
+        for (int i = 0; i < R; i++)
+            wv[i] = vf_load_w_part(w[i] + k * size, type, left);
+        UNROLL
+        for (int c = 0; c < C; c++)
+        {
+            vf xv = vf_load_w_part((const char *) (x + c * g->xs_row + k), KNE_F32, left);
+
+            UNROLL
+            for (int i = 0; i < R; i++)
+                acc[c * R + i] = vf_fma(wv[i], xv, acc[c * R + i]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < R * C; i += 4)
+    {
+        const int last = R * C - 1;
+
+        vf_sum4(sum + i, acc[i], acc[i + 1 <= last ? i + 1 : last], acc[i + 2 <= last ? i + 2 : last],
+                acc[i + 3 <= last ? i + 3 : last]);
+    }
+    for (int c = 0; c < C; c++)
+    {
+        float *y = g->y + (r + c) * g->ldy + o;
+
+        for (int i = 0; i < nr; i++)
+            y[i] = finish(g, sum[c * R + i], o + i, y[i]);
+    }
+}
+
+KNE_INLINE void
+nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1)
+{
+    int64_t n = r1 - r0, tiles = (n + NT_C - 1) / NT_C;
+    int64_t step = n <= 2 ? 8 : NT_R;
+
+    for (int64_t o = o0; o < o1; o += step)
+    {
+        int nr = (int) (o1 - o < step ? o1 - o : step);
+
+        for (int64_t t = 0; t < tiles; t++)
+        {
+            /* tiles of nearly equal width, so that none is narrow */
+            int64_t r = r0 + n * t / tiles;
+
+            switch ((int) (r0 + n * (t + 1) / tiles - r))
+            {
+                case 1: nt_tile(g, type, 8, 1, o, nr, r); break;
+                case 2:
+                    if (n == 2)
+                        nt_tile(g, type, 8, 2, o, nr, r);
+                    else
+                        nt_tile(g, type, NT_R, 2, o, nr, r);
+                    break;
+                case 3: nt_tile(g, type, NT_R, 3, o, nr, r); break;
+                case 4: nt_tile(g, type, NT_R, 4, o, nr, r); break;
+#if NT_C > 4
+                case 5: nt_tile(g, type, NT_R, 5, o, nr, r); break;
+                case 6: nt_tile(g, type, NT_R, 6, o, nr, r); break;
+#endif
+            }
+        }
+    }
+}
+
+static void
+nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
+{
+    if (g->type == KNE_BF16)
+        nt_block(g, KNE_BF16, o0, o1, r0, r1);
+    else if (g->type == KNE_F16)
+        nt_block(g, KNE_F16, o0, o1, r0, r1);
+    else
+        nt_block(g, KNE_F32, o0, o1, r0, r1);
+}
+
+/* ---- nn: y[r, o] = sum_k x[r, k] w[k, o] ---- */
+
+#define NN_W      (NN_V * VL) /* outputs of a tile */
+#define NN_COLS   512         /* outputs of a block: long pieces of W's rows, few pages */
+#define NN_ROWS   60          /* rows of a block */
+#define NN_K      128         /* k of a block */
+#define NN_DIRECT 7           /* below so many rows W is read where it is, else by way of a panel */
+
+/* acc[T, NN_W] += x[T, nk] w[nk, NN_W] */
+KNE_INLINE void
+nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
+        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2;
+    vf            c[NN_T * NN_V], wv[NN_V];
+
+    UNROLL
+    for (int t = 0; t < T; t++)
+        UNROLL
+        for (int i = 0; i < NN_V; i++)
+            c[t * NN_V + i] = first ? vf_zero() : vf_load(acc + t * ldacc + i * VL);
+    for (int64_t k = 0; k < nk; k++)
+    {
+        UNROLL
+        for (int i = 0; i < NN_V; i++)
+            wv[i] = vf_load_w(w + (k * ldw + i * VL) * size, type);
+        UNROLL
+        for (int t = 0; t < T; t++)
+        {
+            vf xv = vf_set1(x[t * xs_row + k * xs_k]);
+
+            UNROLL
+            for (int i = 0; i < NN_V; i++)
+                c[t * NN_V + i] = vf_fma(xv, wv[i], c[t * NN_V + i]);
+        }
+    }
+    UNROLL
+    for (int t = 0; t < T; t++)
+        UNROLL
+        for (int i = 0; i < NN_V; i++)
+            vf_store(acc + t * ldacc + i * VL, c[t * NN_V + i]);
+}
+
+KNE_INLINE void
+nn_rows(int64_t n, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
+        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk)
+{
+    int64_t tiles = (n + NN_T - 1) / NN_T;
+
+    for (int64_t t = 0; t < tiles; t++)
+    {
+        int64_t      r = n * t / tiles;
+        float       *a = acc + r * ldacc;
+        const float *xr = x + r * xs_row;
+
+        switch ((int) (n * (t + 1) / tiles - r))
+        {
+            case 1: nn_tile(1, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 2: nn_tile(2, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 3: nn_tile(3, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 4: nn_tile(4, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+#if NN_T > 4
+            case 5: nn_tile(5, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 6: nn_tile(6, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+#endif
+        }
+    }
+}
+
+/* panel[nk, NN_W] = w[nk, nc] as float, missing columns 0. */
+KNE_INLINE void
+nn_panel(float *panel, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, int64_t nc)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2;
+
+    for (int64_t k = 0; k < nk; k++, w += ldw * size, panel += NN_W)
+    {
+        UNROLL
+        for (int i = 0; i < NN_V; i++)
+        {
+            int64_t left = nc - i * VL;
+
+            if (left >= VL)
+                vf_store(panel + i * VL, vf_load_w(w + i * VL * size, type));
+            else
+                vf_store(panel + i * VL, left > 0 ? vf_load_w_part(w + i * VL * size, type, (int) left)
+                                                  : vf_zero());
+        }
+    }
+}
+
+KNE_INLINE void
+nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1,
+         float *scratch)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2;
+    int64_t       n = r1 - r0, ldacc = (o1 - o0 + NN_W - 1) / NN_W * NN_W;
+    float        *acc = scratch;                      /* (NN_ROWS, NN_COLS) */
+    float        *panel = scratch + NN_ROWS * NN_COLS; /* (NN_K, NN_W) */
+    const float  *x = g->x + r0 * g->xs_row;
+
+    if (g->k == 0)
+        memset(acc, 0, (size_t) (n * ldacc) * sizeof(float));
+    for (int64_t k = 0; k < g->k; k += NN_K)
+    {
+        int64_t nk = g->k - k < NN_K ? g->k - k : NN_K;
+
+        for (int64_t o = o0; o < o1; o += NN_W)
+        {
+            const char  *w = g->w + (k * g->ldw + o) * size;
+            float       *a = acc + (o - o0);
+            const float *xk = x + k * g->xs_k;
+
+            if (o + NN_W <= o1 && n < NN_DIRECT)
+                nn_rows(n, a, ldacc, k == 0, xk, g->xs_row, g->xs_k, w, type, g->ldw, nk);
+            else
+            {
+                nn_panel(panel, w, type, g->ldw, nk, o1 - o);
+                nn_rows(n, a, ldacc, k == 0, xk, g->xs_row, g->xs_k, (const char *) panel, KNE_F32,
+                        NN_W, nk);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+    {
+        float *y = g->y + (r0 + r) * g->ldy;
+
+        for (int64_t o = o0; o < o1; o++)
+            y[o] = finish(g, acc[r * ldacc + (o - o0)], o, y[o]);
+    }
+}
+
+static void
+nn(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
+{
+    _Static_assert((NN_ROWS * NN_COLS + NN_K * NN_W) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+
+    for (int64_t o = o0; o < o1; o += NN_COLS)
+        for (int64_t r = r0; r < r1; r += NN_ROWS)
+        {
+            int64_t oe = o + NN_COLS < o1 ? o + NN_COLS : o1;
+            int64_t re = r + NN_ROWS < r1 ? r + NN_ROWS : r1;
+
+            if (g->type == KNE_BF16)
+                nn_block(g, KNE_BF16, o, oe, r, re, scratch);
+            else if (g->type == KNE_F16)
+                nn_block(g, KNE_F16, o, oe, r, re, scratch);
+            else
+                nn_block(g, KNE_F32, o, oe, r, re, scratch);
+        }
+}
+
+const kne_gemm_kernels KNE_GEMM_TABLE = {.nt = nt, .nn = nn};
