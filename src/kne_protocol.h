@@ -66,7 +66,7 @@ enum kne_msg
      *            f64 seconds of attribution, f64 seconds of optimisation,
      *            n * (i64 edit_id, u8 outcome, str message, i32 steps,
      *                 f64 probability before, f64 probability after (of the whole object), f64 norm of all deltas,
-     *                 str answer before (greedy, up to 16 tokens, cut at the first full stop or line end),
+     *                 str answer before (greedy, up to 8 tokens, cut at the first full stop or line end),
      *                 n * (i32 layer, i32 neuron, f32 score, n * f32 score of each object token)   the ensemble
      *                 digest (zeros without rows), n * (i32 layer, i32 neuron, u8 matrix, n * f32)) the delta rows, ascending
      *            n * i32: indices of known facts that held before this batch and no longer do
@@ -101,6 +101,16 @@ enum kne_phase
     KNE_PHASE_ATTRIBUTE = 1,
     KNE_PHASE_OPTIMISE = 2,
     KNE_PHASE_CHECK = 3
+};
+
+/* How the engine's process ends; anything else, or a signal, is a crash. */
+enum kne_exit
+{
+    KNE_EXIT_OK = 0,       /* SIGTERM */
+    KNE_EXIT_FAILED = 1,   /* could not start or go on: the log says why */
+    KNE_EXIT_USAGE = 2,    /* options, socket or secret: starting it again changes nothing */
+    KNE_EXIT_DEVICE = 3,   /* the device asked for is not there: nor does this */
+    KNE_EXIT_FILE_LOST = 4 /* a model file was truncated while mapped */
 };
 
 /* kne.weight_delta.matrix as text: the FFN's W_gate, W_up (GPT-2's c_fc) rows and W_down (c_proj) columns. */
