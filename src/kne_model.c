@@ -453,7 +453,8 @@ kne_model_open(const char *path, kne_model **out, kne_err *err)
     if ((st = read_in(path, "tokenizer.json", MAX_TOKENIZER, &tok, &tok_len, err)) != KNE_OK)
     {
         if (st == KNE_ERR_IO)
-            kne_error_hint(err, "A tokenizer in another format (tokenizer.model, vocab.json) must be saved as tokenizer.json first.");
+            kne_error_hint(err, "A tokenizer in another format (tokenizer.model, vocab.json) "
+                                "must be saved as tokenizer.json first.");
         goto out;
     }
     if ((st = kne_tensors_open(path, &m->tensors, err)) != KNE_OK ||
