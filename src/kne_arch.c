@@ -16,7 +16,7 @@
 
 #include "kne_safetensors.h"
 
-#define MAX_CONFIG     ((size_t) 4 << 20)
+#define MAX_CONFIG ((size_t) 4 << 20)
 #define MAX_CONFIG_SEP 400000
 
 #define BIT(slot) (1u << (slot))
@@ -34,12 +34,12 @@ typedef struct family
     /* keys of config.json */
     const char *k_layers, *k_d, *k_heads, *k_kv_heads, *k_head_dim, *k_ffn, *k_ctx, *k_eps, *k_act;
     const char *k_theta, *k_partial;
-    double      partial; /* rotary_dim / head_dim where the config says nothing */
+    double      partial;      /* rotary_dim / head_dim where the config says nothing */
     bool        rotates_part; /* knows a partial other than 1 */
-    int32_t     rotary_dim; /* GPT-J: key rotary_dim, this where absent; other families 0 */
-    int32_t     head_dim; /* where k_head_dim is absent; 0: d / heads */
-    bool        ffn_4d;   /* an absent or null k_ffn means 4 d */
-    bool        tied;     /* where tie_word_embeddings is absent */
+    int32_t     rotary_dim;   /* GPT-J: key rotary_dim, this where absent; other families 0 */
+    int32_t     head_dim;     /* where k_head_dim is absent; 0: d / heads */
+    bool        ffn_4d;       /* an absent or null k_ffn means 4 d */
+    bool        tied;         /* where tie_word_embeddings is absent */
     bool        attention_bias, mlp_bias; /* where the key of that name is absent */
     window_rule window;
     int32_t     default_window;
@@ -59,25 +59,26 @@ typedef struct family
 } family;
 
 static const char *const no_buffers[] = {".rotary_emb.inv_freq", NULL};
-static const char *const gpt_buffers[] = {".attn.bias", ".attn.masked_bias", ".attn.embed_positions", NULL};
+static const char *const gpt_buffers[] = {".attn.bias", ".attn.masked_bias",
+                                          ".attn.embed_positions", NULL};
 static const char *const neox_buffers[] = {".attention.bias", ".attention.masked_bias",
                                            ".attention.rotary_emb.inv_freq", NULL};
 
 /* What Llama and those after it share. */
-#define LLAMA_KEYS                                                                          \
-    .k_layers = "num_hidden_layers", .k_d = "hidden_size", .k_heads = "num_attention_heads", \
+#define LLAMA_KEYS                                                                               \
+    .k_layers = "num_hidden_layers", .k_d = "hidden_size", .k_heads = "num_attention_heads",     \
     .k_kv_heads = "num_key_value_heads", .k_head_dim = "head_dim", .k_ffn = "intermediate_size", \
-    .k_ctx = "max_position_embeddings", .k_eps = "rms_norm_eps", .k_act = "hidden_act",    \
-    .k_theta = "rope_theta", .k_partial = "partial_rotary_factor", .partial = 1.0,          \
-    .norm = KNE_RMSNORM, .block = KNE_BLOCK_SEQUENTIAL, .position = KNE_POS_ROPE_HALF,      \
+    .k_ctx = "max_position_embeddings", .k_eps = "rms_norm_eps", .k_act = "hidden_act",          \
+    .k_theta = "rope_theta", .k_partial = "partial_rotary_factor", .partial = 1.0,               \
+    .norm = KNE_RMSNORM, .block = KNE_BLOCK_SEQUENTIAL, .position = KNE_POS_ROPE_HALF,           \
     .gated = true, .prefix = "model.", .ignored = no_buffers
-#define LLAMA_FRAME                                            \
-    [KNE_SLOT_EMBED] = "embed_tokens.weight",                  \
-    [KNE_SLOT_FINAL_NORM_W] = "norm.weight",                   \
-    [KNE_SLOT_HEAD] = "lm_head.weight",                        \
-    [KNE_SLOT_NORM1_W] = "layers.%d.input_layernorm.weight",   \
+#define LLAMA_FRAME                                                   \
+    [KNE_SLOT_EMBED] = "embed_tokens.weight",                         \
+    [KNE_SLOT_FINAL_NORM_W] = "norm.weight",                          \
+    [KNE_SLOT_HEAD] = "lm_head.weight",                               \
+    [KNE_SLOT_NORM1_W] = "layers.%d.input_layernorm.weight",          \
     [KNE_SLOT_NORM2_W] = "layers.%d.post_attention_layernorm.weight", \
-    [KNE_SLOT_O] = "layers.%d.self_attn.o_proj.weight",        \
+    [KNE_SLOT_O] = "layers.%d.self_attn.o_proj.weight",               \
     [KNE_SLOT_DOWN] = "layers.%d.mlp.down_proj.weight"
 #define LLAMA_QKV                                       \
     [KNE_SLOT_Q] = "layers.%d.self_attn.q_proj.weight", \
@@ -88,7 +89,7 @@ static const char *const neox_buffers[] = {".attention.bias", ".attention.masked
     [KNE_SLOT_K_B] = "layers.%d.self_attn.k_proj.bias", \
     [KNE_SLOT_V_B] = "layers.%d.self_attn.v_proj.bias"
 #define LLAMA_O_B [KNE_SLOT_O_B] = "layers.%d.self_attn.o_proj.bias"
-#define LLAMA_GATE_UP                                 \
+#define LLAMA_GATE_UP                                   \
     [KNE_SLOT_GATE] = "layers.%d.mlp.gate_proj.weight", \
     [KNE_SLOT_UP] = "layers.%d.mlp.up_proj.weight"
 #define QKVO_BIASES (BIT(KNE_SLOT_Q_B) | BIT(KNE_SLOT_K_B) | BIT(KNE_SLOT_V_B) | BIT(KNE_SLOT_O_B))
@@ -181,7 +182,8 @@ static const family families[] = {
         .k_layers = "num_hidden_layers", .k_d = "hidden_size", .k_heads = "num_attention_heads",
         .k_ffn = "intermediate_size", .k_ctx = "max_position_embeddings",
         .k_eps = "layer_norm_eps", .k_act = "hidden_act",
-        .k_theta = "rotary_emb_base", .k_partial = "rotary_pct", .partial = 0.25, .rotates_part = true,
+        .k_theta = "rotary_emb_base", .k_partial = "rotary_pct", .partial = 0.25,
+        .rotates_part = true,
         .attention_bias = true,
         .norm = KNE_LAYERNORM,
         .block = KNE_BLOCK_PARALLEL_TWO_NORMS, .block_by_config = true,
@@ -242,9 +244,9 @@ static const struct
     const char  *name;
     kne_act_kind kind;
 } activations[] = {
-    {"silu", KNE_ACT_SILU},          {"swish", KNE_ACT_SILU},
-    {"gelu", KNE_ACT_GELU_ERF},      {"gelu_python", KNE_ACT_GELU_ERF},
-    {"gelu_new", KNE_ACT_GELU_TANH}, {"gelu_pytorch_tanh", KNE_ACT_GELU_TANH},
+    {"silu", KNE_ACT_SILU},           {"swish", KNE_ACT_SILU},
+    {"gelu", KNE_ACT_GELU_ERF},       {"gelu_python", KNE_ACT_GELU_ERF},
+    {"gelu_new", KNE_ACT_GELU_TANH},  {"gelu_pytorch_tanh", KNE_ACT_GELU_TANH},
     {"gelu_fast", KNE_ACT_GELU_TANH},
 };
 
@@ -271,7 +273,7 @@ fail(reader *r, kne_status code, const char *fmt, ...)
     r->st = kne_error(r->err, code, "%s: %s", r->where, msg);
 }
 
-/* The value of a key; NULL where absent (a null too, if null_is_absent). A key given twice is an error. */
+/* The value of a key; NULL where absent (a null too, if null_is_absent). Twice is an error. */
 static const cJSON *
 get(reader *r, const cJSON *obj, const char *key, bool null_is_absent)
 {
@@ -404,7 +406,8 @@ read_rope(reader *r, const cJSON *root, const family *f, int32_t max_ctx, kne_ar
     {
         const char      *name;
         kne_rope_scaling kind;
-    } types[] = {{"default", KNE_ROPE_NONE}, {"linear", KNE_ROPE_LINEAR}, {"llama3", KNE_ROPE_LLAMA3}};
+    } types[] = {
+        {"default", KNE_ROPE_NONE}, {"linear", KNE_ROPE_LINEAR}, {"llama3", KNE_ROPE_LLAMA3}};
     const char  *where = "rope_scaling";
     const cJSON *rope = get(r, root, where, true);
     double       partial;
@@ -454,7 +457,8 @@ read_rope(reader *r, const cJSON *root, const family *f, int32_t max_ctx, kne_ar
     else
         a->rotary_dim = (int32_t) (a->head_dim * partial);
     if (a->rotary_dim < 2 || a->rotary_dim % 2 || a->rotary_dim > a->head_dim)
-        fail(r, KNE_ERR_FORMAT, "rotary dimension %d: must be even and from 2 to the head dimension %d",
+        fail(r, KNE_ERR_FORMAT,
+             "rotary dimension %d: must be even and from 2 to the head dimension %d",
              a->rotary_dim, a->head_dim);
     if (partial != 1.0 && !f->rotates_part && !f->rotary_dim)
         fail(r, KNE_ERR_UNSUPPORTED, "partial_rotary_factor %g is not known for %s", partial,
@@ -545,7 +549,8 @@ read_config(reader *r, const cJSON *root, kne_arch *a, kne_tensor_list *list)
     for (k = 0; k < sizeof refused / sizeof *refused; k++)
         if (get(r, root, refused[k].key, true))
         {
-            fail(r, KNE_ERR_UNSUPPORTED, "%s: %s are not supported", refused[k].key, refused[k].what);
+            fail(r, KNE_ERR_UNSUPPORTED, "%s: %s are not supported", refused[k].key,
+                 refused[k].what);
             kne_error_hint(r->err, "Weights must be plain float32, float16 or bfloat16.");
         }
     for (k = 0; k < sizeof fixed / sizeof *fixed; k++)
@@ -570,7 +575,8 @@ read_config(reader *r, const cJSON *root, kne_arch *a, kne_tensor_list *list)
     a->vocab_size = get_int(r, root, "vocab_size", 1, 1 << 22, REQUIRED);
     a->n_kv_heads = get_int(r, root, f->k_kv_heads, 1, 1024, a->n_heads);
     a->head_dim = get_int(r, root, f->k_head_dim, 1, 1 << 12, f->head_dim);
-    a->d_ff = get_int(r, root, f->k_ffn, 1, 1 << 20, f->ffn_4d ? 4 * (int64_t) a->d_model : REQUIRED);
+    a->d_ff =
+        get_int(r, root, f->k_ffn, 1, 1 << 20, f->ffn_4d ? 4 * (int64_t) a->d_model : REQUIRED);
     max_ctx = get_int(r, root, f->k_ctx, 1, 1 << 30, REQUIRED);
     a->norm_eps = (float) get_real(r, root, f->k_eps, 0.1, NAN);
     a->tied_head = get_bool(r, root, "tie_word_embeddings", f->tied);
@@ -579,13 +585,13 @@ read_config(reader *r, const cJSON *root, kne_arch *a, kne_tensor_list *list)
     if (!a->head_dim)
     {
         if (a->d_model % a->n_heads)
-            fail(r, KNE_ERR_FORMAT, "%s %d is not divisible by %s %d", f->k_d, a->d_model, f->k_heads,
-                 a->n_heads);
+            fail(r, KNE_ERR_FORMAT, "%s %d is not divisible by %s %d", f->k_d, a->d_model,
+                 f->k_heads, a->n_heads);
         a->head_dim = a->d_model / a->n_heads;
     }
     if (a->n_heads % a->n_kv_heads)
-        fail(r, KNE_ERR_FORMAT, "%s %d is not divisible by %s %d", f->k_heads, a->n_heads, f->k_kv_heads,
-             a->n_kv_heads);
+        fail(r, KNE_ERR_FORMAT, "%s %d is not divisible by %s %d", f->k_heads, a->n_heads,
+             f->k_kv_heads, a->n_kv_heads);
     if (a->head_dim < 1 || (int64_t) a->n_heads * a->head_dim > 1 << 20)
         fail(r, KNE_ERR_FORMAT, "%d heads of dimension %d: out of range", a->n_heads, a->head_dim);
 
@@ -619,7 +625,8 @@ read_config(reader *r, const cJSON *root, kne_arch *a, kne_tensor_list *list)
     list->ignored = f->ignored;
     list->pos_rows = max_ctx;
     for (k = 0; k < KNE_SLOT_COUNT; k++)
-        if ((attention_bias || !(f->if_attention_bias & BIT(k))) && (mlp_bias || !(f->if_mlp_bias & BIT(k))))
+        if ((attention_bias || !(f->if_attention_bias & BIT(k))) &&
+            (mlp_bias || !(f->if_mlp_bias & BIT(k))))
             list->name[k] = f->name[k];
 }
 
@@ -702,7 +709,8 @@ kne_arch_shape(const kne_arch *a, const kne_tensor_list *list, kne_slot slot, in
 static float
 inverse_frequency(const kne_arch *a, int32_t i)
 {
-    float  inv = 1.0f / (float) pow(a->rope_theta, (double) ((float) (2 * i) / (float) a->rotary_dim));
+    float inv =
+        1.0f / (float) pow(a->rope_theta, (double) ((float) (2 * i) / (float) a->rotary_dim));
     double wavelen, smooth;
 
     if (a->rope_scaling == KNE_ROPE_LINEAR)
@@ -714,7 +722,8 @@ inverse_frequency(const kne_arch *a, int32_t i)
         return inv / (float) a->rope_factor;
     if (wavelen < a->rope_orig_ctx / a->rope_high_freq)
         return inv;
-    smooth = (a->rope_orig_ctx / wavelen - a->rope_low_freq) / (a->rope_high_freq - a->rope_low_freq);
+    smooth =
+        (a->rope_orig_ctx / wavelen - a->rope_low_freq) / (a->rope_high_freq - a->rope_low_freq);
     return (float) ((1 - smooth) * inv / a->rope_factor + smooth * inv);
 }
 

@@ -55,16 +55,17 @@ typedef enum kne_slot
 /* Which tensors the model must have: no more, no fewer. */
 typedef struct kne_tensor_list
 {
-    const char        *prefix; /* of all names but the head's; files of the bare model lack it */
+    const char        *prefix;   /* of all names but the head's; files of the bare model lack it */
     const char        *name[KNE_SLOT_COUNT]; /* NULL: this model has none */
-    const char *const *ignored; /* NULL-terminated: ends of names that may be there and mean nothing */
+    const char *const *ignored;  /* NULL-terminated: ends of names that may be there, unused */
     int32_t            pos_rows; /* learned positions in the file */
 } kne_tensor_list;
 
 /* KNE_ERR_FORMAT, _UNSUPPORTED or _NOMEM, naming the key of config.json. */
-kne_status kne_arch_parse(const char *json, size_t len, kne_arch *arch, kne_tensor_list *list, kne_err *err);
+kne_status kne_arch_parse(const char *json, size_t len, kne_arch *arch, kne_tensor_list *list,
+                          kne_err *err);
 
-/* Rows and columns (1 for a vector) of a slot's tensor as stored; rows 0 where the slot is not used. */
+/* Rank (1 or 2), rows and columns (1 for a vector) of a slot's tensor as stored. */
 void kne_arch_shape(const kne_arch *arch, const kne_tensor_list *list, kne_slot slot, int64_t *rows,
                     int64_t *cols, int32_t *rank);
 

@@ -19,7 +19,7 @@
 #include "kne_arch.h"
 #include "kne_safetensors.h"
 
-#define MAX_CONFIG    ((size_t) 4 << 20)
+#define MAX_CONFIG ((size_t) 4 << 20)
 #define MAX_TOKENIZER ((size_t) 256 << 20)
 
 /* Where the graph looks for a slot's tensor. */
@@ -92,7 +92,8 @@ find(binder *b, kne_slot slot, int32_t layer, const kne_tensor **out)
     if (!(t = kne_tensors_find(b->m->tensors, name)))
     {
         kne_error(b->err, KNE_ERR_FORMAT, "tensor %s is missing", name);
-        kne_error_detail(b->err, "A %s model with %d layers as config.json describes it has this tensor.",
+        kne_error_detail(b->err,
+                         "A %s model with %d layers as config.json describes it has this tensor.",
                          a->family, a->n_layers);
         return KNE_ERR_FORMAT;
     }
@@ -115,11 +116,11 @@ find(binder *b, kne_slot slot, int32_t layer, const kne_tensor **out)
         else if (t->rank > 2)
             snprintf(shape, sizeof shape, "%d dimensions", (int) t->rank);
         if (rank == 1)
-            kne_error(b->err, KNE_ERR_FORMAT, "tensor %s has %s, config.json says [%lld]", name, shape,
-                      (long long) rows);
+            kne_error(b->err, KNE_ERR_FORMAT, "tensor %s has %s, config.json says [%lld]", name,
+                      shape, (long long) rows);
         else
-            kne_error(b->err, KNE_ERR_FORMAT, "tensor %s has %s, config.json says [%lld, %lld]", name, shape,
-                      (long long) rows, (long long) cols);
+            kne_error(b->err, KNE_ERR_FORMAT, "tensor %s has %s, config.json says [%lld, %lld]",
+                      name, shape, (long long) rows, (long long) cols);
         return KNE_ERR_FORMAT;
     }
     b->used[t - b->m->tensors->tensor] = 1;
@@ -140,13 +141,14 @@ as_matrix(const kne_arch *a, const kne_tensor *t, kne_slot slot)
     };
 }
 
-/* Outputs [from, from + n) of a matrix, as a view: rows, or columns where it is stored transposed. */
+/* Outputs [from, from + n) of a matrix, as a view: rows, or columns where stored transposed. */
 static kne_mat
 outputs(const kne_mat *w, int64_t from, int64_t n)
 {
     kne_mat v = *w;
 
-    v.data = (const char *) w->data + (size_t) (w->transposed ? from : from * w->ld) * kne_dtype_size(w->type);
+    v.data = (const char *) w->data +
+             (size_t) (w->transposed ? from : from * w->ld) * kne_dtype_size(w->type);
     *(w->transposed ? &v.cols : &v.rows) = n;
     return v;
 }
@@ -196,7 +198,7 @@ static void
 split_fused(const binder *b, kne_layer *y)
 {
     const kne_arch *a = &b->m->arch;
-    int64_t         dq = (int64_t) a->n_heads * a->head_dim, dkv = (int64_t) a->n_kv_heads * a->head_dim;
+    int64_t dq = (int64_t) a->n_heads * a->head_dim, dkv = (int64_t) a->n_kv_heads * a->head_dim;
 
     if (a->qkv == KNE_QKV_THIRDS)
     {
@@ -273,9 +275,10 @@ check_tied_head(binder *b)
     if (strcmp(head->type_name, embed->type_name) || head->bytes != embed->bytes ||
         memcmp(head->data, embed->data, head->bytes))
     {
-        kne_error(b->err, KNE_ERR_FORMAT, "tensor %s differs from the embedding, though the head is tied to it",
-                  name);
-        kne_error_hint(b->err, "Set tie_word_embeddings to false in config.json if the head is one of its own.");
+        kne_error(b->err, KNE_ERR_FORMAT,
+                  "tensor %s differs from the embedding, though the head is tied to it", name);
+        kne_error_hint(b->err, "Set tie_word_embeddings to false in config.json if the head is "
+                               "one of its own.");
         return KNE_ERR_FORMAT;
     }
     b->used[head - ts->tensor] = 1;
@@ -301,9 +304,11 @@ check_unused(binder *b)
                 break;
         if (!*p)
         {
-            kne_error(b->err, KNE_ERR_UNSUPPORTED, "tensor %s has no place in a %s model as config.json describes it",
+            kne_error(b->err, KNE_ERR_UNSUPPORTED,
+                      "tensor %s has no place in a %s model as config.json describes it",
                       kne_quote(name).s, b->m->arch.family);
-            kne_error_hint(b->err, "The model would compute something else than its weights were trained for.");
+            kne_error_hint(b->err, "The model would compute something else than its weights were "
+                                   "trained for.");
             return KNE_ERR_UNSUPPORTED;
         }
     }
@@ -342,9 +347,11 @@ check_tokenizer(const kne_model *m, kne_err *err)
 
     if (n > m->arch.vocab_size)
     {
-        kne_error(err, KNE_ERR_FORMAT, "tokenizer.json gives token ids up to %d, but the embedding has %d rows",
-                  n - 1, m->arch.vocab_size);
-        kne_error_hint(err, "The tokenizer belongs to another model, or tokens were added without resizing the embedding.");
+        kne_error(err, KNE_ERR_FORMAT,
+                  "tokenizer.json gives token ids up to %d, but the embedding has %d rows", n - 1,
+                  m->arch.vocab_size);
+        kne_error_hint(err, "The tokenizer belongs to another model, or tokens were added without "
+                            "resizing the embedding.");
         return KNE_ERR_FORMAT;
     }
     return KNE_OK;
@@ -366,8 +373,8 @@ digest_item(kne_sha256 *h, const void *data, uint64_t len)
 }
 
 static kne_status
-make_fingerprint(kne_model *m, const char *config, size_t config_len, const char *tok, size_t tok_len,
-                 kne_err *err)
+make_fingerprint(kne_model *m, const char *config, size_t config_len, const char *tok,
+                 size_t tok_len, kne_err *err)
 {
     const size_t edge = 64 << 10, step = 1 << 20, sample = 4 << 10;
     kne_sha256  *h = kne_sha256_new();
@@ -384,7 +391,7 @@ make_fingerprint(kne_model *m, const char *config, size_t config_len, const char
 
         digest_item(h, t->name, strlen(t->name));
         digest_item(h, t->type_name, strlen(t->type_name));
-        digest_item(h, t->shape, (uint64_t) t->rank * sizeof t->shape[0]); /* little-endian hosts */
+        digest_item(h, t->shape, (uint64_t) t->rank * sizeof t->shape[0]);
         if (t->bytes <= step)
         {
             digest_item(h, p, t->bytes);
@@ -422,11 +429,13 @@ check_folder(const char *path, kne_err *err)
     struct stat st;
 
     if (stat(path, &st) != 0)
-        return kne_error(err, KNE_ERR_IO, "cannot open model folder \"%s\": %s", path, strerror(errno));
+        return kne_error(err, KNE_ERR_IO, "cannot open model folder \"%s\": %s", path,
+                         strerror(errno));
     if (!S_ISDIR(st.st_mode))
     {
         kne_error(err, KNE_ERR_IO, "\"%s\" is not a folder", path);
-        kne_error_hint(err, "Give the folder that holds config.json, the weights and tokenizer.json.");
+        kne_error_hint(err, "Give the folder that holds config.json, the weights and "
+                            "tokenizer.json.");
         return KNE_ERR_IO;
     }
     return KNE_OK;

@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 #define MAX_HEADER ((uint64_t) 100000000) /* the format's own limit */
-#define MAX_INDEX  ((size_t) 64 << 20)
+#define MAX_INDEX ((size_t) 64 << 20)
 #define MAX_SHARDS 4096
 /* A value costs cJSON some hundred bytes, so two of a file ("1,") would cost it fifty times their
  * size. 300,000 tensors fit in this many values; the largest models have a third of that. */
@@ -83,7 +83,8 @@ open_regular(const char *path, const char *label, int *fd, struct stat *st, kne_
 }
 
 kne_status
-kne_file_read(const char *path, const char *label, size_t max, char **buf, size_t *len, kne_err *err)
+kne_file_read(const char *path, const char *label, size_t max, char **buf, size_t *len,
+              kne_err *err)
 {
     struct stat st;
     int         fd;
@@ -95,8 +96,8 @@ kne_file_read(const char *path, const char *label, size_t max, char **buf, size_
     if ((uint64_t) st.st_size > max)
     {
         close(fd);
-        return kne_error(err, KNE_ERR_FORMAT, "%s is too large: %lld bytes, at most %zu are read", label,
-                         (long long) st.st_size, max);
+        return kne_error(err, KNE_ERR_FORMAT, "%s is too large: %lld bytes, at most %zu are read",
+                         label, (long long) st.st_size, max);
     }
     size = (size_t) st.st_size;
     if (!(p = malloc(size + 1)))
@@ -139,8 +140,8 @@ parse_object(const char *text, size_t len, const char *label, cJSON **out, kne_e
         if (*end != ' ' && *end != '\n' && *end != '\r' && *end != '\t')
         {
             cJSON_Delete(j);
-            return kne_error(err, KNE_ERR_FORMAT, "%s: text after the JSON object, at byte %zu", label,
-                             (size_t) (end - text));
+            return kne_error(err, KNE_ERR_FORMAT, "%s: text after the JSON object, at byte %zu",
+                             label, (size_t) (end - text));
         }
     if (!cJSON_IsObject(j))
     {
@@ -176,8 +177,9 @@ read_entry(const cJSON *j, const char *label, size_t data_len, kne_tensor *t, in
 
     for (const char *p = name; *p; p++)
         if (*p <= 0x20 || *p >= 0x7f)
-            return kne_error(err, KNE_ERR_FORMAT, "%s: tensor name \"%s\" has bytes outside printable ASCII",
-                             label, kne_quote(name).s);
+            return kne_error(err, KNE_ERR_FORMAT,
+                             "%s: tensor name \"%s\" has bytes outside printable ASCII", label,
+                             kne_quote(name).s);
     if (!*name)
         return kne_error(err, KNE_ERR_FORMAT, "%s: a tensor without a name", label);
     if (!cJSON_IsObject(j))
@@ -192,14 +194,16 @@ read_entry(const cJSON *j, const char *label, size_t data_len, kne_tensor *t, in
 
         if (!slot || *slot)
             return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s has %s key \"%s\"", label,
-                             kne_quote(name).s, slot ? "a second" : "an unknown", kne_quote(c->string).s);
+                             kne_quote(name).s, slot ? "a second" : "an unknown",
+                             kne_quote(c->string).s);
         *slot = c;
     }
     if (!cJSON_IsString(dtype) || !cJSON_IsArray(shape) || !cJSON_IsArray(offsets))
-        return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s lacks dtype, shape or data_offsets", label,
-                         kne_quote(name).s);
+        return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s lacks dtype, shape or data_offsets",
+                         label, kne_quote(name).s);
 
-    for (k = 0; k < sizeof dtypes / sizeof *dtypes && strcmp(dtypes[k].name, dtype->valuestring); k++)
+    for (k = 0; k < sizeof dtypes / sizeof *dtypes && strcmp(dtypes[k].name, dtype->valuestring);
+         k++)
         ;
     if (k == sizeof dtypes / sizeof *dtypes)
         return kne_error(err, KNE_ERR_UNSUPPORTED, "%s: tensor %s has unknown dtype \"%s\"", label,
@@ -212,23 +216,26 @@ read_entry(const cJSON *j, const char *label, size_t data_len, kne_tensor *t, in
     cJSON_ArrayForEach(c, shape)
     {
         if (t->rank == KNE_TENSOR_MAX_RANK)
-            return kne_error(err, KNE_ERR_UNSUPPORTED, "%s: tensor %s has more than %d dimensions", label,
-                             kne_quote(name).s, KNE_TENSOR_MAX_RANK);
+            return kne_error(err, KNE_ERR_UNSUPPORTED, "%s: tensor %s has more than %d dimensions",
+                             label, kne_quote(name).s, KNE_TENSOR_MAX_RANK);
         if (!whole(c, &t->shape[t->rank]))
-            return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s has a dimension that is not a whole number",
-                             label, kne_quote(name).s);
+            return kne_error(err, KNE_ERR_FORMAT,
+                             "%s: tensor %s has a dimension that is not a whole number", label,
+                             kne_quote(name).s);
         if (__builtin_mul_overflow(n, t->shape[t->rank++], &n))
             return kne_error(err, KNE_ERR_FORMAT, "%s: size of tensor %s overflows", label,
                              kne_quote(name).s);
     }
     t->n_elem = n;
     if (__builtin_mul_overflow(n, (int64_t) dtypes[k].bits, &bits))
-        return kne_error(err, KNE_ERR_FORMAT, "%s: size of tensor %s overflows", label, kne_quote(name).s);
+        return kne_error(err, KNE_ERR_FORMAT, "%s: size of tensor %s overflows", label,
+                         kne_quote(name).s);
 
     if (cJSON_GetArraySize(offsets) != 2 || !whole(offsets->child, begin) ||
         !whole(offsets->child->next, &end))
-        return kne_error(err, KNE_ERR_FORMAT, "%s: data_offsets of tensor %s are not two whole numbers",
-                         label, kne_quote(name).s);
+        return kne_error(err, KNE_ERR_FORMAT,
+                         "%s: data_offsets of tensor %s are not two whole numbers", label,
+                         kne_quote(name).s);
     if (*begin > end || (uint64_t) end > data_len)
     {
         kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s lies at bytes %lld to %lld of %zu", label,
@@ -237,8 +244,9 @@ read_entry(const cJSON *j, const char *label, size_t data_len, kne_tensor *t, in
         return KNE_ERR_FORMAT;
     }
     if (bits % 8 || end - *begin != bits / 8)
-        return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s occupies %lld bytes, its shape and dtype need %lld",
-                         label, kne_quote(name).s, (long long) (end - *begin),
+        return kne_error(err, KNE_ERR_FORMAT,
+                         "%s: tensor %s occupies %lld bytes, its shape and dtype need %lld", label,
+                         kne_quote(name).s, (long long) (end - *begin),
                          (long long) (bits / 8 + (bits % 8 != 0)));
     t->bytes = (size_t) (end - *begin);
     if (!(t->name = strdup(name)))
@@ -272,14 +280,15 @@ check_metadata(const cJSON *meta, const char *label, kne_err *err)
         return kne_error(err, KNE_ERR_FORMAT, "%s: __metadata__ is not an object", label);
     cJSON_ArrayForEach(c, meta)
         if (!cJSON_IsString(c))
-            return kne_error(err, KNE_ERR_FORMAT, "%s: __metadata__ holds a value that is not a string",
-                             label);
+            return kne_error(err, KNE_ERR_FORMAT,
+                             "%s: __metadata__ holds a value that is not a string", label);
     return KNE_OK;
 }
 
 /* Append the tensors of one file's bytes to *t. */
 static kne_status
-add_image(kne_tensors *t, const char *image, size_t len, int32_t file, const char *label, kne_err *err)
+add_image(kne_tensors *t, const char *image, size_t len, int32_t file, const char *label,
+          kne_err *err)
 {
     uint64_t    header_len = 0;
     size_t      data_len;
@@ -293,12 +302,14 @@ add_image(kne_tensors *t, const char *image, size_t len, int32_t file, const cha
     for (int i = 0; i < 8 && len >= 8; i++)
         header_len |= (uint64_t) (uint8_t) image[i] << 8 * i;
     if (len < 10) /* the length and {} */
-        return kne_error(err, KNE_ERR_FORMAT, "%s: %zu bytes are too few for a safetensors file", label, len);
+        return kne_error(err, KNE_ERR_FORMAT, "%s: %zu bytes are too few for a safetensors file",
+                         label, len);
     if (header_len > MAX_HEADER || header_len > len - 8)
     {
         kne_error(err, KNE_ERR_FORMAT, "%s: header length %llu, but the file has %zu bytes", label,
                   (unsigned long long) header_len, len);
-        kne_error_hint(err, "This is not a safetensors file, or it was cut off while it was copied.");
+        kne_error_hint(err, "This is not a safetensors file, or it was cut off while it was "
+                            "copied.");
         return KNE_ERR_FORMAT;
     }
     if (image[8] != '{')
@@ -348,7 +359,8 @@ add_image(kne_tensors *t, const char *image, size_t len, int32_t file, const cha
     {
         if ((const char *) first[i].data != data)
         {
-            st = kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s %s", label, kne_quote(first[i].name).s,
+            st = kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s %s", label,
+                           kne_quote(first[i].name).s,
                            (const char *) first[i].data < data ? "overlaps the one before it"
                                                                : "leaves a hole before it");
             goto out;
@@ -456,7 +468,7 @@ by_string(const void *a, const void *b)
     return strcmp(*(char *const *) a, *(char *const *) b);
 }
 
-/* The shards that the index names, in order of name, into t->file; then each tensor must be where the index says. */
+/* Open the shards that the index names; then each tensor must be where the index says. */
 static kne_status
 open_index(const char *dir, const char *path, kne_tensors **out, kne_err *err)
 {
@@ -491,7 +503,9 @@ open_index(const char *dir, const char *path, kne_tensors **out, kne_err *err)
     {
         if (!cJSON_IsString(c) || !name_is_local(c->valuestring))
         {
-            st = kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s is placed in \"%s\", which is not the name of a file in the folder",
+            st = kne_error(err, KNE_ERR_FORMAT,
+                           "%s: tensor %s is placed in \"%s\", which is not the name of a file in "
+                           "the folder",
                            label, kne_quote(c->string).s,
                            kne_quote(cJSON_IsString(c) ? c->valuestring : "(not a string)").s);
             goto out;
@@ -504,8 +518,8 @@ open_index(const char *dir, const char *path, kne_tensors **out, kne_err *err)
             names[unique++] = names[i];
     if (unique > MAX_SHARDS)
     {
-        st = kne_error(err, KNE_ERR_FORMAT, "%s: names %zu files, at most %d are opened", label, unique,
-                       MAX_SHARDS);
+        st = kne_error(err, KNE_ERR_FORMAT, "%s: names %zu files, at most %d are opened", label,
+                       unique, MAX_SHARDS);
         goto out;
     }
     if ((st = new_set(dir, (int32_t) unique, &t, err)) != KNE_OK)
@@ -583,8 +597,10 @@ kne_tensors_open(const char *dir, kne_tensors **out, kne_err *err)
         st = open_index(dir, index, out, err);
     else
     {
-        st = kne_error(err, KNE_ERR_IO, "no model.safetensors and no model.safetensors.index.json in the folder");
-        kne_error_hint(err, "Weights in other formats (pytorch_model.bin, GGUF) must be saved as safetensors first.");
+        st = kne_error(err, KNE_ERR_IO,
+                       "no model.safetensors and no model.safetensors.index.json in the folder");
+        kne_error_hint(err, "Weights in other formats (pytorch_model.bin, GGUF) must be saved as "
+                            "safetensors first.");
     }
     free(single);
     free(index);
@@ -671,9 +687,10 @@ kne_tensors_unchanged(const kne_tensors *t, kne_err *err)
             (size_t) st.st_size != f->size || (int64_t) st.st_mtim.tv_sec != f->mtime_s ||
             (int64_t) st.st_mtim.tv_nsec != f->mtime_ns)
         {
-            kne_error(err, KNE_ERR_IO, "%s was changed, replaced or removed since the model was loaded",
-                      f->name);
-            kne_error_hint(err, "A registered model's files must not change; register the new weights as another model.");
+            kne_error(err, KNE_ERR_IO,
+                      "%s was changed, replaced or removed since the model was loaded", f->name);
+            kne_error_hint(err, "A registered model's files must not change; register the new "
+                                "weights as another model.");
             return false;
         }
     }
