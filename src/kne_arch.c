@@ -16,9 +16,6 @@
 
 #include "kne_safetensors.h"
 
-#define MAX_CONFIG ((size_t) 4 << 20)
-#define MAX_CONFIG_SEP 400000
-
 #define BIT(slot) (1u << (slot))
 
 typedef enum window_rule
@@ -320,9 +317,8 @@ get_int(reader *r, const cJSON *obj, const char *key, int64_t min, int64_t max, 
     return (int32_t) v;
 }
 
-/* A number above 0. */
 static double
-get_real(reader *r, const cJSON *obj, const char *key, double max, double absent)
+get_real(reader *r, const cJSON *obj, const char *key, double min, double max, double absent)
 {
     const cJSON *c = get(r, obj, key, true);
     double       v;
@@ -336,10 +332,10 @@ get_real(reader *r, const cJSON *obj, const char *key, double max, double absent
         return absent;
     }
     v = cJSON_IsNumber(c) ? c->valuedouble : NAN;
-    if (!(v > 0 && v <= max))
+    if (!(v >= min && v <= max))
     {
         if (cJSON_IsNumber(c))
-            fail(r, KNE_ERR_FORMAT, "%s is %g, must be above 0 and at most %g", key, v, max);
+            fail(r, KNE_ERR_FORMAT, "%s is %g, must be from %g to %g", key, v, min, max);
         else
             fail(r, KNE_ERR_FORMAT, "%s is not a number", key);
         return 1;
@@ -448,10 +444,10 @@ read_rope(reader *r, const cJSON *root, const family *f, int32_t max_ctx, kne_ar
 
     a->rope_theta = 10000.0;
     if (f->k_theta)
-        a->rope_theta = get_real(&sub, rope, "rope_theta", 1e12,
-                                 get_real(r, root, f->k_theta, 1e12, a->rope_theta));
-    partial = get_real(r, root, f->k_partial, 1.0, f->partial);
-    partial = get_real(&sub, rope, "partial_rotary_factor", 1.0, partial);
+        a->rope_theta = get_real(&sub, rope, "rope_theta", 1, 1e12,
+                                 get_real(r, root, f->k_theta, 1, 1e12, a->rope_theta));
+    partial = get_real(r, root, f->k_partial, 1e-3, 1, f->partial);
+    partial = get_real(&sub, rope, "partial_rotary_factor", 1e-3, 1, partial);
     if (f->rotary_dim)
         a->rotary_dim = get_int(r, root, "rotary_dim", 2, a->head_dim, f->rotary_dim);
     else
@@ -466,11 +462,11 @@ read_rope(reader *r, const cJSON *root, const family *f, int32_t max_ctx, kne_ar
 
     a->rope_factor = 1;
     if (a->rope_scaling != KNE_ROPE_NONE)
-        a->rope_factor = get_real(&sub, rope, "factor", 1e6, NAN);
+        a->rope_factor = get_real(&sub, rope, "factor", 1e-3, 1e6, NAN);
     if (a->rope_scaling == KNE_ROPE_LLAMA3)
     {
-        a->rope_low_freq = get_real(&sub, rope, "low_freq_factor", 1e6, NAN);
-        a->rope_high_freq = get_real(&sub, rope, "high_freq_factor", 1e6, NAN);
+        a->rope_low_freq = get_real(&sub, rope, "low_freq_factor", 1e-3, 1e6, NAN);
+        a->rope_high_freq = get_real(&sub, rope, "high_freq_factor", 1e-3, 1e6, NAN);
         if (sub.st == KNE_OK && !(a->rope_high_freq > a->rope_low_freq))
             fail(&sub, KNE_ERR_FORMAT, "high_freq_factor %g is not above low_freq_factor %g",
                  a->rope_high_freq, a->rope_low_freq);
@@ -578,7 +574,7 @@ read_config(reader *r, const cJSON *root, kne_arch *a, kne_tensor_list *list)
     a->d_ff =
         get_int(r, root, f->k_ffn, 1, 1 << 20, f->ffn_4d ? 4 * (int64_t) a->d_model : REQUIRED);
     max_ctx = get_int(r, root, f->k_ctx, 1, 1 << 30, REQUIRED);
-    a->norm_eps = (float) get_real(r, root, f->k_eps, 0.1, NAN);
+    a->norm_eps = (float) get_real(r, root, f->k_eps, 1e-12, 0.1, NAN);
     a->tied_head = get_bool(r, root, "tie_word_embeddings", f->tied);
     if (r->st != KNE_OK)
         return;
@@ -634,21 +630,12 @@ kne_status
 kne_arch_parse(const char *json, size_t len, kne_arch *arch, kne_tensor_list *list, kne_err *err)
 {
     reader r = {.err = err, .st = KNE_OK, .where = "config.json"};
-    size_t separators = 0;
     cJSON *root;
 
     *arch = (kne_arch) {0};
     *list = (kne_tensor_list) {0};
-    for (size_t i = 0; i < len; i++)
-        separators += json[i] == ',' || json[i] == '[' || json[i] == '{';
-    if (len > MAX_CONFIG || separators > MAX_CONFIG_SEP) /* bounds the memory that cJSON takes */
-        return kne_error(err, KNE_ERR_FORMAT, "config.json: too large");
-    if (!(root = cJSON_ParseWithLength(json, len)))
-        return kne_error(err, KNE_ERR_FORMAT, "config.json: broken JSON");
-    if (!cJSON_IsObject(root))
-        fail(&r, KNE_ERR_FORMAT, "not a JSON object");
-    else
-        read_config(&r, root, arch, list);
+    KNE_TRY(kne_json_object(json, len, r.where, &root, err));
+    read_config(&r, root, arch, list);
     cJSON_Delete(root);
     return r.st;
 }

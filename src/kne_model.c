@@ -19,7 +19,7 @@
 #include "kne_arch.h"
 #include "kne_safetensors.h"
 
-#define MAX_CONFIG ((size_t) 4 << 20)
+#define MAX_CONFIG    ((size_t) 1 << 20)
 #define MAX_TOKENIZER ((size_t) 256 << 20)
 
 /* Where the graph looks for a slot's tensor. */

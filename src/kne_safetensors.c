@@ -24,9 +24,9 @@
 #define MAX_HEADER ((uint64_t) 100000000) /* the format's own limit */
 #define MAX_INDEX ((size_t) 64 << 20)
 #define MAX_SHARDS 4096
-/* A value costs cJSON some hundred bytes, so two of a file ("1,") would cost it fifty times their
- * size. 300,000 tensors fit in this many values; the largest models have a third of that. */
-#define MAX_JSON_VALUES 4000000
+/* A value costs cJSON some 80 bytes, so two bytes of a file ("1,") would cost forty times their
+ * number. 150,000 tensors fit in this many values; the largest models have 100,000, in shards. */
+#define MAX_JSON_VALUES 2000000
 #define MAX_EXACT 9007199254740992.0 /* 2^53 */
 
 static const struct
@@ -121,9 +121,8 @@ kne_file_read(const char *path, const char *label, size_t max, char **buf, size_
     return KNE_OK;
 }
 
-/* Parse one JSON object that fills the text but for white space. */
-static kne_status
-parse_object(const char *text, size_t len, const char *label, cJSON **out, kne_err *err)
+kne_status
+kne_json_object(const char *text, size_t len, const char *label, cJSON **out, kne_err *err)
 {
     const char *end = NULL;
     size_t      values = 0;
@@ -316,7 +315,7 @@ add_image(kne_tensors *t, const char *image, size_t len, int32_t file, const cha
         return kne_error(err, KNE_ERR_FORMAT, "%s: the header does not begin with {", label);
     data = image + 8 + header_len;
     data_len = len - 8 - (size_t) header_len;
-    KNE_TRY(parse_object(image + 8, (size_t) header_len, label, &root, err));
+    KNE_TRY(kne_json_object(image + 8, (size_t) header_len, label, &root, err));
 
     for (const cJSON *c = root->child; c; c = c->next)
         count++;
@@ -483,7 +482,7 @@ open_index(const char *dir, const char *path, kne_tensors **out, kne_err *err)
     kne_status        st;
 
     KNE_TRY(kne_file_read(path, label, MAX_INDEX, &text, &len, err));
-    if ((st = parse_object(text, len, label, &root, err)) != KNE_OK)
+    if ((st = kne_json_object(text, len, label, &root, err)) != KNE_OK)
         goto out;
     map = cJSON_GetObjectItemCaseSensitive(root, "weight_map");
     if (!cJSON_IsObject(map) || !map->child)

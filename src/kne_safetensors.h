@@ -78,6 +78,14 @@ bool kne_tensors_unchanged(const kne_tensors *t, kne_err *err);
 kne_status kne_file_read(const char *path, const char *label, size_t max, char **buf, size_t *len,
                          kne_err *err);
 
+/*
+ * Parse one JSON object that fills the text but for white space, with a bound
+ * on the number of its values. For cJSON_Delete.
+ */
+struct cJSON;
+kne_status kne_json_object(const char *text, size_t len, const char *label, struct cJSON **out,
+                           kne_err *err);
+
 /* A copy for messages of text that a file holds: cut, and anything but printable ASCII as '?'. */
 typedef struct kne_quoted
 {
