@@ -1,0 +1,52 @@
+/*
+ * kne_attrib.h - gradient attribution of object tokens to FFN neurons, the
+ * contrast with other facts, and the choice of an ensemble.
+ *
+ * Source: arXiv 2412.20637 (score, global quantile); the contrast, the joint and layer paths and
+ * the log-probability score are this project's (docs/method.md).
+ */
+#ifndef KNE_ATTRIB_H
+#define KNE_ATTRIB_H
+
+#include "kne_edit.h"
+
+/* A fact as tokens: id[0 .. n_prompt) is the prompt, id[n_prompt .. n) the object. */
+typedef struct kne_tokens
+{
+    const int32_t *id;
+    int32_t        n, n_prompt;
+} kne_tokens;
+
+/*
+ * Teacher-forced pass over n facts, some at a time (a reader waits for no more than one pass). Any of the results may be NULL:
+ * logp[i]: sum over the object's tokens; right[i]: every one is the argmax;
+ * all_logp[i]: NULL or (tokens of the object, V), the log-probabilities at each of its positions.
+ */
+kne_status kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact,
+                            int32_t n, double *logp, uint8_t *right, float *const *all_logp,
+                            int (*yield)(void *), void *yield_ctx, kne_err *err);
+
+/*
+ * Attr(l,k) of every object token: score[i] points at (L, f) floats, one for each object token of each fact
+ * in order, added to (so zero them first; the same pointer may be given several times to sum tokens).
+ *   sum over the points of weight * <v, d score / d v at alpha v>,  v = value vector of neuron k of layer l.
+ * Facts are packed into passes; yield is called between them.
+ */
+kne_status kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const kne_options *opt,
+                         const kne_tokens *fact, int32_t n_facts, float *const *score,
+                         const kne_job_calls *calls, kne_err *err);
+
+/* Nodes and weights on [0, 1]; one point is alpha = 1, weight 1 (gradient times weight). */
+void kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight);
+
+/*
+ * The n neurons of layers [layer_min, layer_max] with the highest score (L, f), ties to the lower (layer, neuron).
+ * index[i] = layer * f + neuron, highest score first. n is at most the number of candidates.
+ */
+kne_status kne_select_top(const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n,
+                          int32_t *index, kne_err *err);
+
+/* How many neurons the options ask for, at least 1. */
+int32_t kne_ensemble_size(const kne_arch *arch, const kne_options *opt);
+
+#endif

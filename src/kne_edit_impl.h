@@ -1,0 +1,95 @@
+/*
+ * kne_edit_impl.h - the state of a batch of edits while it runs; shared by
+ * kne_edit.c (the job), kne_edit_plan.c (tokens, facts, ensembles) and kne_edit_step.c (the optimiser).
+ */
+#ifndef KNE_EDIT_IMPL_H
+#define KNE_EDIT_IMPL_H
+
+#include "kne_edit.h"
+#include "kne_pack.h"
+#include "kne_ref.h"
+
+#define N_MATRICES 3 /* enum kne_matrix */
+
+typedef enum edit_state
+{
+    EDIT_ACTIVE,  /* steps go on */
+    EDIT_REACHED, /* its prompts give the object in the last pass that ran them */
+    EDIT_ENDED    /* outcome is set: holds, failed or cancelled; it has no delta */
+} edit_state;
+
+/* The neurons of one edit, ascending by (layer, neuron), and what moves of them. */
+typedef struct edit
+{
+    const kne_edit_spec *spec;
+    kne_edit_outcome    *out;
+    edit_state           state;
+    kne_tokens          *prompt;   /* (spec->n_prompts) */
+    int32_t              n_anchors;
+    int32_t             *anchor;   /* (n_anchors) indices into job.known_at of tokens */
+    float              **anchor_logp; /* (n_anchors) -> (tokens of its object, V), the reference */
+    int32_t              n;        /* neurons */
+    int32_t             *index;    /* (n) layer * f + neuron, ascending */
+    float               *score;    /* (n) in the order of index */
+    float               *token_score; /* (n, tokens of the object) */
+    int32_t             *from;     /* (L + 1) where each layer's neurons begin in index */
+    int32_t             *place;    /* (n) row in the union overlay of the layer */
+    float               *delta[N_MATRICES], *grad[N_MATRICES], *mean[N_MATRICES], *var[N_MATRICES]; /* (n, d) or NULL */
+    double             **chol;     /* (L) factor of the metric, NULL where the layer has no neuron */
+    double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
+    int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
+    int32_t              n_rows, n_outs;   /* of all its sequences */
+    double               loss;
+} edit;
+
+/* The union of all neurons that the view or the batch edits, per layer, as the overlay of the passes. */
+typedef struct shared_rows
+{
+    int32_t *from;               /* (L + 1) */
+    int32_t *neuron;             /* (n) ascending within a layer */
+    float   *base[N_MATRICES];   /* (n, d) the file's rows */
+    float   *before[N_MATRICES]; /* (n, d) base + the view's deltas */
+    float   *eff[N_MATRICES];    /* (n, d) what the graph takes: difference for down, effective for keys */
+    int32_t  n, max_layer;
+    kne_overlay_layer *layer;    /* (L) */
+    kne_overlay        overlay;
+} shared_rows;
+
+typedef struct batch
+{
+    const kne_edit_job *job;
+    kne_options         opt;     /* layer_max resolved */
+    kne_edit_result    *result;
+    kne_arena           text, run; /* tokens; the optimiser's state */
+    kne_arena           plan;      /* ensembles: the result keeps it */
+    kne_ref_cache      *cache;     /* where the job brings none */
+    edit               *edit;
+    int32_t             n_known; /* known facts that have tokens */
+    kne_tokens         *known;   /* (n_known) */
+    int32_t            *known_at; /* (n_known) index in job->known; (inverse: known_of) */
+    int32_t            *known_of; /* (job->n_known) index in known, -1: no tokens */
+    kne_ref           **ref;     /* (n_known) on the base */
+    const kne_ref     **protect; /* (n_protect) those behind the metric */
+    int32_t             n_protect;
+    bool                is_protected, locate_only; /* locate: what holds already is attributed too */
+    uint8_t            *held;    /* (n_known) edits' facts that held before */
+    shared_rows         rows;
+    bool                moves[N_MATRICES];
+    kne_pack            pack;
+    kne_work           *work;
+    float              *logp, *coef, *kl; /* (max_out) */
+    int32_t            *best;
+    float              *gathered; /* (max rows of a pass, largest layer share of an ensemble) */
+    double             *column;
+    edit              **turn;    /* (n_edits) the edits of the current pass */
+    int32_t             n_turn;
+} batch;
+
+kne_status kne_batch_plan(batch *b, kne_err *err);      /* tokens, before, references, ensembles */
+kne_status kne_batch_optimise(batch *b, kne_err *err);
+
+/* yield between passes; KNE_ERR_CANCELLED when the job must stop. Marks single edits that were cancelled. */
+kne_status kne_batch_pause(batch *b, kne_err *err);
+void       kne_edit_end(edit *e, int outcome, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+#endif

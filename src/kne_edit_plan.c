@@ -1,0 +1,494 @@
+/*
+ * kne_edit_plan.c - the first half of a job: text to tokens, what the model says before,
+ * what it does on facts it knows, and the ensemble of each edit.
+ */
+#include "kne_edit_impl.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ANSWER_TOKENS 8
+#define SCORE_BYTES ((size_t) 256 << 20) /* attribution scores held at once */
+
+/* ---- tokens ---- */
+
+static kne_status
+keep_tokens(kne_arena *arena, const kne_ids *ids, int32_t n_prompt, kne_tokens *out)
+{
+    int32_t *id = kne_arena_take(arena, (size_t) ids->n, sizeof *id);
+
+    if (id)
+    {
+        memcpy(id, ids->id, (size_t) ids->n * sizeof *id);
+        *out = (kne_tokens) {id, ids->n, n_prompt};
+    }
+    return KNE_OK;
+}
+
+/*
+ * Tokenise everything; runs twice, first to count. A known fact that has no tokens (too long, empty) is left
+ * out; an edit's prompt or object that has none ends the edit.
+ */
+static kne_status
+tokenise(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    kne_ids             ids = {0};
+    kne_status          st = KNE_OK;
+
+    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
+    {
+        kne_arena *a = &b->text;
+
+        b->known = kne_arena_take(a, (size_t) job->n_known, sizeof *b->known);
+        b->known_at = kne_arena_take(a, (size_t) job->n_known, sizeof *b->known_at);
+        b->known_of = kne_arena_take(a, (size_t) job->n_known, sizeof *b->known_of);
+        b->ref = kne_arena_take(a, (size_t) job->n_known, sizeof *b->ref);
+        b->protect = kne_arena_take(a, (size_t) job->n_known, sizeof *b->protect);
+        b->held = kne_arena_take(a, (size_t) job->n_known, sizeof *b->held);
+        b->edit = kne_arena_take(a, (size_t) job->n_edits, sizeof *b->edit);
+        b->turn = kne_arena_take(a, (size_t) job->n_edits, sizeof *b->turn);
+        b->n_known = 0;
+        for (int32_t i = 0; i < job->n_known && st == KNE_OK; i++)
+        {
+            int32_t    n_prompt = 0;
+            kne_tokens t = {0};
+
+            if (b->known_of)
+                b->known_of[i] = -1;
+            st = kne_tokenize_fact(job->model, job->known[i].prompt, job->known[i].object, &ids, &n_prompt, err);
+            if (st == KNE_ERR_NOMEM)
+                break;
+            if (st != KNE_OK)
+            {
+                st = KNE_OK;
+                continue;
+            }
+            keep_tokens(a, &ids, n_prompt, &t);
+            if (b->known)
+            {
+                b->known_of[i] = b->n_known;
+                b->known_at[b->n_known] = i;
+                b->known[b->n_known] = t;
+            }
+            b->n_known++;
+        }
+        for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
+        {
+            const kne_edit_spec *spec = &job->edit[i];
+            edit                *e = b->edit ? &b->edit[i] : NULL;
+            kne_tokens          *prompt = kne_arena_take(a, (size_t) spec->n_prompts, sizeof *prompt);
+            int32_t             *anchor = kne_arena_take(a, (size_t) spec->n_anchors, sizeof *anchor);
+
+            if (e)
+            {
+                *e = (edit) {.spec = spec, .out = &b->result->edit[i], .prompt = prompt, .anchor = anchor};
+                e->out->edit_id = spec->edit_id;
+            }
+            for (int32_t p = 0; p < spec->n_prompts; p++)
+            {
+                int32_t n_prompt = 0;
+
+                st = kne_tokenize_fact(job->model, spec->prompt[p], spec->object, &ids, &n_prompt, err);
+                if (st == KNE_ERR_NOMEM)
+                    break;
+                if (st != KNE_OK)
+                {
+                    if (e && e->state != EDIT_ENDED)
+                        kne_edit_end(e, KNE_OUTCOME_FAILED, "%s", err->msg);
+                    st = KNE_OK;
+                    continue;
+                }
+                keep_tokens(a, &ids, n_prompt, prompt ? &prompt[p] : NULL);
+            }
+            for (int32_t k = 0; e && k < spec->n_anchors && e->n_anchors < b->opt.anchors; k++)
+                if (spec->anchor[k] >= 0 && spec->anchor[k] < job->n_known && b->known_of[spec->anchor[k]] >= 0)
+                    anchor[e->n_anchors++] = b->known_of[spec->anchor[k]];
+        }
+        if (turn == 0 && st == KNE_OK)
+            st = kne_arena_commit(a, err);
+    }
+    kne_ids_free(&ids);
+    return st;
+}
+
+/* ---- before ---- */
+
+/* The model's own answer to the prompt: greedy, to the first full stop or line end. *ids is left with its tokens. */
+static kne_status
+answer(batch *b, edit *e, kne_ids *ids, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const kne_tokens   *t = &e->prompt[0];
+    char               *text = NULL;
+    size_t              len = 0;
+
+    ids->n = 0;
+    KNE_TRY(kne_generate(job->model, job->backend, &job->view->overlay, t->id, t->n_prompt, ANSWER_TOKENS,
+                         job->calls.yield, job->calls.ctx, ids, err));
+    KNE_TRY(kne_tokenizer_decode(job->model->tokenizer, ids->id, ids->n, true, &text, &len, err));
+    char *from = text + strspn(text, " \t\r\n");
+    from[strcspn(from, ".\r\n")] = '\0';
+    memmove(text, from, strlen(from) + 1);
+    e->out->answer_before = text;
+    return KNE_OK;
+}
+
+/* What holds already, and the probability of each object now. */
+static kne_status
+look_before(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const int32_t       n = job->n_edits;
+    kne_tokens         *fact = malloc(((size_t) n + (size_t) b->n_known) * sizeof *fact + 1);
+    int32_t            *who = malloc(((size_t) n + (size_t) b->n_known) * sizeof *who + 1);
+    double             *logp = malloc(((size_t) n + (size_t) b->n_known) * sizeof *logp + 1);
+    uint8_t            *right = malloc((size_t) n + (size_t) b->n_known + 1);
+    int32_t             n_facts = 0, n_mine;
+    kne_status st = fact && who && logp && right ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+        if (b->edit[i].state == EDIT_ACTIVE)
+        {
+            who[n_facts] = i;
+            fact[n_facts++] = b->edit[i].prompt[0];
+        }
+    n_mine = n_facts;
+    for (int32_t i = 0; i < b->n_known && st == KNE_OK; i++)
+        if (job->known[b->known_at[i]].edit_id)
+        {
+            who[n_facts] = i;
+            fact[n_facts++] = b->known[i];
+        }
+    if (st == KNE_OK)
+        st = kne_score_tokens(job->model, job->backend, job->view, fact, n_facts, logp, right, NULL,
+                              job->calls.yield, job->calls.ctx, err);
+    for (int32_t i = 0; i < n_facts && st == KNE_OK; i++)
+    {
+        if (i >= n_mine)
+        {
+            b->held[who[i]] = right[i];
+            continue;
+        }
+        edit *e = &b->edit[who[i]];
+
+        e->out->p_before = e->out->p_after = exp(logp[i]);
+        e->out->n_tokens = e->prompt[0].n - e->prompt[0].n_prompt;
+        if (right[i] && !b->locate_only)
+            kne_edit_end(e, KNE_OUTCOME_HOLDS, "the model answers this already");
+    }
+    free(fact);
+    free(who);
+    free(logp);
+    free(right);
+    return st;
+}
+
+/* ---- references ---- */
+
+typedef struct pick
+{
+    uint64_t order;
+    int32_t  i;
+} pick;
+
+static int
+pick_order(const void *pa, const void *pb)
+{
+    const pick *a = pa, *b = pb;
+
+    return a->order != b->order ? (a->order < b->order ? -1 : 1) : a->i - b->i;
+}
+
+/*
+ * mean over the reference facts of |Attr| into mean_ref (L, f); *n_ref: how many there were. They are plain facts
+ * that the base answers; ordering them by a hash of seed and content makes the sample the
+ * same whatever else the table holds.
+ */
+static kne_status
+contrast(batch *b, float *mean_ref, int32_t *n_ref, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
+    pick               *pool = malloc(((size_t) b->n_known + 1) * sizeof *pool);
+    int32_t            *picked = malloc(((size_t) b->n_known + 1) * sizeof *picked), n = 0;
+    kne_status          st = pool && picked ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    for (int32_t i = 0; i < b->n_known && st == KNE_OK; i++)
+        if (b->ref[i] && b->ref[i]->right && !job->known[b->known_at[i]].edit_id)
+        {
+            uint64_t h = b->ref[i]->key ^ (uint64_t) b->opt.seed;
+
+            pool[n++] = (pick) {kne_random_next(&h), i};
+        }
+    if (st == KNE_OK)
+    {
+        qsort(pool, (size_t) n, sizeof *pool, pick_order);
+        n = n < b->opt.reference ? n : b->opt.reference;
+        for (int32_t i = 0; i < n; i++)
+            picked[i] = pool[i].i;
+        st = kne_ref_scores(job->model, job->backend, &b->opt, b->known, b->ref, picked, n, &job->calls, err);
+    }
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+        for (size_t k = 0; k < len; k++)
+            mean_ref[k] += b->ref[picked[i]]->score[k] / (float) n;
+    *n_ref = n;
+    free(pool);
+    free(picked);
+    return st;
+}
+
+static kne_status
+references(batch *b, struct kne_ref_cache *cache, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    int32_t             n = b->n_known < b->opt.protect ? b->n_known : b->opt.protect;
+
+    KNE_TRY(kne_refs(cache, job->model, job->backend, b->known, n, b->ref, &job->calls, err));
+    for (int32_t i = 0; i < n; i++)
+        if (b->ref[i]->right || job->known[b->known_at[i]].edit_id)
+            b->protect[b->n_protect++] = b->ref[i];
+    b->is_protected = b->n_protect >= 64; /* KNE.md 4: fewer protect nothing */
+    return KNE_OK;
+}
+
+/* ---- ensembles ---- */
+
+static int
+int_order(const void *pa, const void *pb)
+{
+    int32_t a = *(const int32_t *) pa, b = *(const int32_t *) pb;
+
+    return (a > b) - (a < b);
+}
+
+/* The ensemble of one edit from the scores of its object's tokens (tokens, L * f; NULL without attribution). */
+static kne_status
+select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, float mean_all, float *score,
+                int32_t *order, kne_err *err)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const int32_t   f = arch->d_ff, s = e->out->n_tokens;
+    const size_t    len = (size_t) arch->n_layers * (size_t) f;
+
+    if (b->opt.select == KNE_SELECT_RANDOM)
+    {
+        uint64_t state = (uint64_t) b->opt.seed ^ (uint64_t) e->spec->edit_id * 0x9E3779B97F4A7C15ull;
+
+        for (size_t k = 0; k < len; k++)
+            score[k] = (float) (kne_random_next(&state) >> 40) * 0x1p-24f;
+    }
+    else if (b->opt.select == KNE_SELECT_ALL)
+        memset(score, 0, len * sizeof *score);
+    else
+        for (size_t k = 0; k < len; k++)
+        {
+            float sum = 0;
+
+            for (int32_t j = 0; j < s; j++)
+                sum += token[j][k];
+            if (!b->opt.signed_score)
+                sum = fabsf(sum);
+            if (mean_ref)
+                sum /= mean_ref[k] + (float) b->opt.contrast * mean_all;
+            score[k] = sum;
+        }
+    KNE_TRY(kne_select_top(score, f, b->opt.layer_min, b->opt.layer_max, e->n, order, err));
+
+    for (int32_t i = 0; i < e->n; i++)
+    {
+        kne_ensemble_row *row = &e->out->ensemble[i];
+        float            *ts = e->token_score + (size_t) i * (size_t) s;
+
+        *row = (kne_ensemble_row) {order[i] / f, order[i] % f, score[order[i]], ts};
+        for (int32_t j = 0; j < s; j++)
+            ts[j] = token ? token[j][order[i]] : 0;
+        e->index[i] = order[i];
+    }
+    qsort(e->index, (size_t) e->n, sizeof *e->index, int_order);
+    for (int32_t l = 0, i = 0; l <= arch->n_layers; l++)
+    {
+        while (i < e->n && e->index[i] < l * f)
+            i++;
+        e->from[l] = i;
+    }
+    return KNE_OK;
+}
+
+static void
+plan_layout(batch *b)
+{
+    const kne_arch *arch = &b->job->model->arch;
+
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+    {
+        edit *e = &b->edit[i];
+
+        if (e->state == EDIT_ENDED)
+            continue;
+        e->n = kne_ensemble_size(arch, &b->opt);
+        e->index = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->index);
+        e->place = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->place);
+        e->from = kne_arena_take(&b->plan, (size_t) arch->n_layers + 1, sizeof *e->from);
+        e->token_score = kne_arena_take(&b->plan, (size_t) e->n * (size_t) e->out->n_tokens, sizeof(float));
+        e->out->ensemble = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->out->ensemble);
+        e->out->n_ensemble = e->out->ensemble ? e->n : 0;
+    }
+}
+
+/* Attribute and select, as many edits at a time as SCORE_BYTES lets their scores stand side by side. */
+static kne_status
+ensembles(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const kne_arch     *arch = &job->model->arch;
+    const size_t        len = (size_t) arch->n_layers * (size_t) arch->d_ff;
+    const bool          attribute = b->opt.select == KNE_SELECT_ATTRIBUTION;
+    const size_t        most = SCORE_BYTES / (len * sizeof(float)) > 32 ? SCORE_BYTES / (len * sizeof(float)) : 32;
+    float  *mean_ref = calloc(len, sizeof *mean_ref), *score = malloc(len * sizeof *score), *buf = NULL, **at = NULL;
+    int32_t *order = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *order);
+    kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
+    kne_ids    *own = calloc((size_t) job->n_edits + 1, sizeof *own); /* prompt and present answer, option "current" */
+    size_t      n_buf = 0;
+    int32_t     n_ref = 0;
+    float       mean_all = 0;
+    kne_status  st = mean_ref && score && order && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    plan_layout(b);
+    if (st == KNE_OK)
+        st = kne_arena_commit(&b->plan, err);
+    if (st == KNE_OK)
+        plan_layout(b);
+    if (st == KNE_OK && attribute && b->opt.contrast > 0)
+        st = contrast(b, mean_ref, &n_ref, err);
+    for (size_t k = 0; k < len; k++)
+        mean_all += mean_ref && n_ref ? mean_ref[k] / (float) len : 0;
+
+    for (int32_t from = 0, to = 0; from < job->n_edits && st == KNE_OK; from = to)
+    {
+        size_t  n_tokens = 0;
+        int32_t n_facts = 0;
+
+        for (; to < job->n_edits && (to == from || n_tokens + (size_t) b->edit[to].out->n_tokens <= most); to++)
+        {
+            edit *e = &b->edit[to];
+
+            if (e->state == EDIT_ENDED)
+                continue;
+            fact[n_facts] = e->prompt[0];
+            if (b->opt.tokens == KNE_TOKENS_CURRENT && attribute)
+            {
+                /* prompt + the first tokens of the present answer, as many as the object has */
+                kne_ids *o = &own[to];
+                kne_ids  now = {0};
+                int32_t  s = e->out->n_tokens, p = e->prompt[0].n_prompt;
+
+                st = kne_generate(job->model, job->backend, &job->view->overlay, e->prompt[0].id, p, s,
+                                  job->calls.yield, job->calls.ctx, &now, err);
+                if (st == KNE_OK && now.n)
+                {
+                    o->id = malloc((size_t) (p + now.n) * sizeof *o->id);
+                    if (o->id)
+                    {
+                        memcpy(o->id, e->prompt[0].id, (size_t) p * sizeof *o->id);
+                        memcpy(o->id + p, now.id, (size_t) now.n * sizeof *o->id);
+                        fact[n_facts] = (kne_tokens) {o->id, p + now.n, p};
+                    }
+                    else
+                        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+                }
+                kne_ids_free(&now);
+                if (st != KNE_OK)
+                    break;
+            }
+            n_facts++;
+            n_tokens += (size_t) e->out->n_tokens;
+        }
+        if (st == KNE_OK && n_tokens > n_buf)
+        {
+            free(buf);
+            free(at);
+            n_buf = n_tokens;
+            buf = attribute ? malloc(n_buf * len * sizeof *buf) : NULL;
+            at = malloc(n_buf * sizeof *at);
+            if (!at || (attribute && !buf))
+                st = kne_error(err, KNE_ERR_NOMEM, "out of memory for the scores of %zu tokens", n_buf);
+        }
+        if (st == KNE_OK && attribute && n_facts)
+        {
+            float  **call = at;
+            size_t   k = 0;
+
+            memset(buf, 0, n_tokens * len * sizeof *buf);
+            /* a present answer may have fewer tokens than the object: its rows then stay zero at the end */
+            for (int32_t i = 0, e = from; i < n_facts; e++)
+            {
+                if (b->edit[e].state == EDIT_ENDED)
+                    continue;
+                for (int32_t j = fact[i].n_prompt; j < fact[i].n; j++)
+                    *call++ = buf + (k + (size_t) (j - fact[i].n_prompt)) * len;
+                k += (size_t) b->edit[e].out->n_tokens;
+                i++;
+            }
+            st = kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n_facts, at, &job->calls, err);
+        }
+        for (size_t k = 0; k < n_tokens && st == KNE_OK; k++)
+            at[k] = buf ? buf + k * len : NULL;
+        size_t k = 0;
+        for (int32_t i = from; i < to && st == KNE_OK; i++)
+            if (b->edit[i].state != EDIT_ENDED)
+            {
+                st = select_ensemble(b, &b->edit[i], attribute ? at + k : NULL, n_ref ? mean_ref : NULL, mean_all,
+                                     score, order, err);
+                k += (size_t) b->edit[i].out->n_tokens;
+            }
+    }
+    for (int32_t i = 0; own && i < job->n_edits; i++)
+        kne_ids_free(&own[i]);
+    free(own);
+    free(fact);
+    free(mean_ref);
+    free(score);
+    free(order);
+    free(buf);
+    free(at);
+    return st;
+}
+
+kne_status
+kne_batch_plan(batch *b, kne_err *err)
+{
+    const kne_edit_job   *job = b->job;
+    struct kne_ref_cache *cache = job->cache;
+    kne_ids               ids = {0};
+    bool                  any = false;
+    kne_status            st;
+
+    KNE_TRY(tokenise(b, err));
+    KNE_TRY(look_before(b, err));
+    for (int32_t i = 0; i < job->n_edits; i++)
+    {
+        if (b->edit[i].state != EDIT_ENDED)
+            any = true;
+        if (b->edit[i].state != EDIT_ENDED || b->edit[i].out->outcome == KNE_OUTCOME_HOLDS)
+        {
+            st = answer(b, &b->edit[i], &ids, err);
+            if (st != KNE_OK)
+            {
+                kne_ids_free(&ids);
+                return st;
+            }
+        }
+    }
+    kne_ids_free(&ids);
+    if (!any)
+        return KNE_OK;
+    if (!cache)
+    {
+        KNE_TRY(kne_ref_cache_new(&b->cache, err));
+        cache = b->cache;
+    }
+    KNE_TRY(references(b, cache, err));
+    return ensembles(b, err);
+}

@@ -1,0 +1,628 @@
+/*
+ * kne_edit_step.c - the second half of a job: the masked optimiser.
+ *
+ * Every pass uses W + the view's deltas + the sum of the batch's deltas, rounded to the model's
+ * format, so what is optimised is what will be served. The delta of an edit takes only the gradient
+ * of its own sequences (its prompts, its anchors), masked by its ensemble: the edits stay
+ * separable and each can be reverted alone. An edit that is reached leaves the passes; when all have, they are
+ * run once more together and those that others disturbed go on.
+ */
+#include "kne_edit_impl.h"
+#include "kne_metric.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PASS_ROWS 1024
+#define ADAM_B1 0.9f
+#define ADAM_B2 0.999f
+
+static const kne_mat *
+matrix_of(const kne_layer *layer, int k)
+{
+    return k == KNE_MATRIX_DOWN ? &layer->down : k == KNE_MATRIX_GATE ? &layer->gate : &layer->up;
+}
+
+/* ---- the union of rows ---- */
+
+/* Neurons of the view and of the live edits, and each edit's places among them. Runs twice. */
+static kne_status
+union_layout(batch *b, int32_t *mark, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const kne_arch     *arch = &job->model->arch;
+    const int32_t       L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
+    shared_rows        *u = &b->rows;
+    bool                view_has[N_MATRICES] = {false};
+
+    if (!b->run.base) /* counting: mark what is there */
+    {
+        memset(mark, 0, (size_t) L * (size_t) f * sizeof *mark);
+        for (int32_t l = 0; l < L; l++)
+            for (int32_t i = 0; i < job->view->layer[l].n; i++)
+                mark[l * f + job->view->layer[l].neuron[i]] = 1;
+        for (int32_t i = 0; i < job->n_edits; i++)
+            for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
+                mark[b->edit[i].index[j]] = 1;
+        u->n = u->max_layer = 0;
+        for (int32_t l = 0; l < L; l++)
+        {
+            int32_t n = 0;
+
+            for (int32_t k = 0; k < f; k++)
+                n += mark[l * f + k];
+            u->n += n;
+            u->max_layer = n > u->max_layer ? n : u->max_layer;
+        }
+    }
+    for (int32_t i = 0; i < job->view->n_edits; i++)
+        for (int32_t r = 0; r < job->view->delta[i]->n_rows; r++)
+            view_has[job->view->delta[i]->row[r].matrix] = true;
+
+    u->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *u->from);
+    u->neuron = kne_arena_take(&b->run, (size_t) u->n, sizeof *u->neuron);
+    u->layer = kne_arena_take(&b->run, (size_t) L, sizeof *u->layer);
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        bool key = k != KNE_MATRIX_DOWN; /* keys go together: both of a gated FFN or none */
+        bool used = b->moves[k] || view_has[k] ||
+                    (key && (view_has[KNE_MATRIX_GATE] || view_has[KNE_MATRIX_UP]));
+
+        if (!used || (k == KNE_MATRIX_GATE && !arch->gated))
+            continue;
+        u->base[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
+        u->before[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
+        u->eff[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
+    }
+    return KNE_OK;
+}
+
+static void
+union_fill(batch *b, int32_t *mark)
+{
+    const kne_edit_job *job = b->job;
+    const kne_model    *m = job->model;
+    const int32_t       L = m->arch.n_layers, f = m->arch.d_ff, d = m->arch.d_model;
+    shared_rows        *u = &b->rows;
+    int32_t             n = 0;
+
+    for (int32_t l = 0; l < L; l++)
+    {
+        u->from[l] = n;
+        for (int32_t k = 0; k < f; k++)
+            if (mark[l * f + k])
+            {
+                u->neuron[n] = k;
+                mark[l * f + k] = n++; /* now: its row */
+            }
+        u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->neuron + u->from[l]};
+    }
+    u->from[L] = n;
+    u->overlay.layer = u->layer;
+    for (int32_t i = 0; i < job->n_edits; i++)
+        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
+            b->edit[i].place[j] = mark[b->edit[i].index[j]];
+
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        if (!u->base[k])
+            continue;
+        for (int32_t l = 0; l < L; l++)
+        {
+            const kne_mat *w = matrix_of(&m->layer[l], k);
+            size_t         at = (size_t) u->from[l] * (size_t) d;
+            float         *eff = u->eff[k] + at;
+
+            job->backend->gather_neurons(job->backend->ctx, u->base[k] + at, w, (k == KNE_MATRIX_DOWN) != w->transposed,
+                                         u->layer[l].neuron, u->layer[l].n);
+            if (k == KNE_MATRIX_DOWN)
+                u->layer[l].value_diff = eff;
+            else if (k == KNE_MATRIX_GATE)
+                u->layer[l].gate = eff;
+            else
+                u->layer[l].up = eff;
+        }
+        memcpy(u->before[k], u->base[k], (size_t) u->n * (size_t) d * sizeof(float));
+    }
+    for (int32_t i = 0; i < job->view->n_edits; i++) /* ascending edit_id, as kne_view sums them */
+        for (int32_t r = 0; r < job->view->delta[i]->n_rows; r++)
+        {
+            const kne_delta_row *row = &job->view->delta[i]->row[r];
+            float               *at = u->before[row->matrix] + (size_t) mark[row->layer * f + row->neuron] * (size_t) d;
+
+            for (int32_t c = 0; c < d; c++)
+                at[c] += row->v[c];
+        }
+}
+
+/* Effective rows from the deltas as they are now. */
+static void
+compose(batch *b)
+{
+    const kne_model *m = b->job->model;
+    const int32_t    L = m->arch.n_layers, d = m->arch.d_model;
+    shared_rows     *u = &b->rows;
+
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        if (!u->base[k])
+            continue;
+        memcpy(u->eff[k], u->before[k], (size_t) u->n * (size_t) d * sizeof(float));
+        for (int32_t i = 0; b->moves[k] && i < b->job->n_edits; i++)
+        {
+            const edit *e = &b->edit[i];
+
+            if (e->state == EDIT_ENDED)
+                continue;
+            for (int32_t j = 0; j < e->n; j++)
+            {
+                const float *delta = e->delta[k] + (size_t) j * (size_t) d;
+                float       *eff = u->eff[k] + (size_t) e->place[j] * (size_t) d;
+
+                for (int32_t c = 0; c < d; c++)
+                    eff[c] += delta[c];
+            }
+        }
+        for (int32_t l = 0; l < L; l++)
+        {
+            kne_dtype type = matrix_of(&m->layer[l], k)->type;
+            size_t    from = (size_t) u->from[l] * (size_t) d, to = (size_t) u->from[l + 1] * (size_t) d;
+
+            for (size_t i = from; i < to; i++)
+            {
+                float eff = kne_round_to(u->eff[k][i], type);
+
+                u->eff[k][i] = k == KNE_MATRIX_DOWN ? eff - u->base[k][i] : eff;
+            }
+        }
+    }
+}
+
+/* ---- layout ---- */
+
+static void
+count_rows(edit *e, const batch *b)
+{
+    e->n_rows = e->n_outs = 0;
+    for (int32_t p = 0; p < e->spec->n_prompts; p++)
+    {
+        e->n_rows += e->prompt[p].n - 1;
+        e->n_outs += e->prompt[p].n - e->prompt[p].n_prompt;
+    }
+    for (int32_t i = 0; b->opt.beta > 0 && i < e->n_anchors; i++)
+    {
+        e->n_rows += b->known[e->anchor[i]].n - 1;
+        e->n_outs += b->known[e->anchor[i]].n - b->known[e->anchor[i]].n_prompt;
+    }
+}
+
+static void
+layout(batch *b)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const int32_t   L = arch->n_layers, d = arch->d_model;
+    int32_t         rows = 1, outs = 1, total = 0, total_outs = 0, widest = 1;
+
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+    {
+        edit *e = &b->edit[i];
+
+        if (e->state == EDIT_ENDED)
+            continue;
+        count_rows(e, b);
+        rows = e->n_rows > rows ? e->n_rows : rows;
+        outs = e->n_outs > outs ? e->n_outs : outs;
+        total += e->n_rows;
+        total_outs += e->n_outs;
+        if (b->opt.step == KNE_STEP_PROTECTED)
+            e->chol = kne_arena_take(&b->run, (size_t) L, sizeof *e->chol);
+        for (int32_t l = 0; l < L; l++)
+        {
+            size_t  n = (size_t) (e->from[l + 1] - e->from[l]);
+            double *c = n && b->opt.step == KNE_STEP_PROTECTED ? kne_arena_take(&b->run, n * n, sizeof *c) : NULL;
+
+            if (e->chol)
+                e->chol[l] = c;
+            widest = (int32_t) n > widest ? (int32_t) n : widest;
+        }
+        for (int k = 0; k < N_MATRICES; k++)
+            if (b->moves[k])
+            {
+                size_t n = (size_t) e->n * (size_t) d;
+
+                e->delta[k] = kne_arena_take(&b->run, n, sizeof(float));
+                e->grad[k] = kne_arena_take(&b->run, n, sizeof(float));
+                e->mean[k] = kne_arena_take(&b->run, n, sizeof(float));
+                if (b->opt.step == KNE_STEP_ADAM)
+                    e->var[k] = kne_arena_take(&b->run, n, sizeof(float));
+            }
+        e->anchor_logp = kne_arena_take(&b->run, (size_t) e->n_anchors, sizeof *e->anchor_logp);
+        for (int32_t a = 0; b->opt.beta > 0 && a < e->n_anchors; a++)
+        {
+            const kne_tokens *t = &b->known[e->anchor[a]];
+            float            *p = kne_arena_take(&b->run, (size_t) (t->n - t->n_prompt) * (size_t) arch->vocab_size, sizeof *p);
+
+            if (e->anchor_logp)
+                e->anchor_logp[a] = p;
+        }
+    }
+    /* a pass holds whole edits: as many as PASS_ROWS takes, at least one */
+    if (rows < PASS_ROWS)
+        rows = total < PASS_ROWS ? total : PASS_ROWS;
+    outs = outs > rows ? outs : total_outs < rows ? total_outs : rows;
+    kne_pack_layout(&b->pack, &b->run, rows, rows, outs);
+    b->logp = kne_arena_take(&b->run, (size_t) outs, sizeof *b->logp);
+    b->coef = kne_arena_take(&b->run, (size_t) outs, sizeof *b->coef);
+    b->kl = kne_arena_take(&b->run, (size_t) outs, sizeof *b->kl);
+    b->best = kne_arena_take(&b->run, (size_t) outs, sizeof *b->best);
+    b->gathered = kne_arena_take(&b->run, (size_t) rows * (size_t) widest, sizeof *b->gathered);
+    b->column = kne_arena_take(&b->run, (size_t) widest, sizeof *b->column);
+}
+
+/* ---- passes ---- */
+
+/* Is every token of every prompt of the edit, from out row `out`, the argmax with enough probability. */
+static bool
+reached(const batch *b, const edit *e, int32_t out)
+{
+    for (int32_t p = 0; p < e->spec->n_prompts; p++)
+        for (int32_t j = e->prompt[p].n_prompt; j < e->prompt[p].n; j++, out++)
+            if (b->best[out] != b->pack.target[out] || exp(b->logp[out]) < b->opt.probability)
+                return false;
+    return true;
+}
+
+static void
+collect_gradient(void *ctx, const kne_ffn_grad *g)
+{
+    batch            *b = ctx;
+    const kne_edit_job *job = b->job;
+    kne_backend      *be = job->backend;
+    const int32_t     d = job->model->arch.d_model, f = job->model->arch.d_ff;
+    /* a value vector's gradient is a^T dy, a key's is (its pre-activation's gradient)^T h */
+    const float *const left[N_MATRICES] = {g->a, g->dgate, g->dup};
+    const float *const right[N_MATRICES] = {g->dy, g->h, g->h};
+
+    for (int32_t i = 0; i < b->n_turn; i++)
+    {
+        edit   *e = b->turn[i];
+        int32_t from = e->from[g->layer], n = e->from[g->layer + 1] - from, t = e->row1 - e->row0;
+
+        if (n == 0 || e->state != EDIT_ACTIVE)
+            continue;
+        for (int k = 0; k < N_MATRICES; k++)
+        {
+            if (!b->moves[k])
+                continue;
+            be->gather_cols(be->ctx, b->gathered, left[k] + (size_t) e->row0 * (size_t) f, f,
+                            e->index + from, t, n);
+            be->matmul_tn(be->ctx, e->grad[k] + (size_t) from * (size_t) d, d, b->gathered, n,
+                          right[k] + (size_t) e->row0 * (size_t) d, d, n, d, t, 0);
+        }
+    }
+}
+
+/*
+ * One forward pass over the edits in b->turn, with the losses; where learn is set, also the gradient of
+ * those that are not reached. Sets e->loss and moves edits between ACTIVE and REACHED.
+ */
+static kne_status
+run_pass(batch *b, bool learn, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    kne_backend        *be = job->backend;
+    kne_work           *w = b->work;
+    const int32_t       V = job->model->arch.vocab_size;
+    bool                any = false;
+
+    KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, 0, err));
+    be->logprob(be->ctx, b->logp, b->best, NULL, w->logits, b->pack.target, NULL, b->pack.b.n_out, V);
+    for (int32_t i = 0; i < b->n_turn; i++)
+    {
+        edit   *e = b->turn[i];
+        int32_t out = e->out0, n_obj = 0, n_anchor = e->n_outs;
+        double  loss = 0;
+
+        e->state = reached(b, e, out) ? EDIT_REACHED : EDIT_ACTIVE;
+        any |= e->state == EDIT_ACTIVE;
+        for (int32_t p = 0; p < e->spec->n_prompts; p++)
+            n_obj += e->prompt[p].n - e->prompt[p].n_prompt;
+        n_anchor -= n_obj;
+        for (int32_t k = 0; k < n_obj; k++)
+            loss -= b->logp[out + k] / n_obj;
+        if (!learn)
+        {
+            e->loss = loss;
+            continue;
+        }
+
+        /* gradients of mean(-log P) + beta mean(KL); nothing for an edit that has arrived */
+        bool active = e->state == EDIT_ACTIVE;
+        for (int32_t k = 0; k < e->n_outs; k++)
+            b->coef[out + k] = !active ? 0 : k < n_obj ? -1.0f / (float) n_obj : (float) b->opt.beta / (float) n_anchor;
+        be->logprob(be->ctx, b->logp + out, NULL, w->dlogits + (size_t) out * (size_t) V,
+                    w->logits + (size_t) out * (size_t) V, b->pack.target + out, b->coef + out, n_obj, V);
+        out += n_obj;
+        for (int32_t a = 0; n_anchor && a < e->n_anchors; a++)
+        {
+            const kne_tokens *t = &b->known[e->anchor[a]];
+            int32_t           s = t->n - t->n_prompt;
+
+            be->kl(be->ctx, b->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
+                   e->anchor_logp[a], b->coef + out, s, V);
+            for (int32_t k = 0; k < s; k++)
+                loss += b->opt.beta * b->kl[out + k] / n_anchor;
+            out += s;
+        }
+        e->loss = loss;
+    }
+    if (learn && any)
+        KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->opt.layer_min,
+                             collect_gradient, b, err));
+    return KNE_OK;
+}
+
+/* Fill the pack with edits of the wanted state from *next on; false when there are none left. */
+static bool
+fill_pass(batch *b, edit_state wanted, int32_t *next, bool anchors)
+{
+    kne_pack_clear(&b->pack);
+    b->n_turn = 0;
+    for (; *next < b->job->n_edits; (*next)++)
+    {
+        edit   *e = &b->edit[*next];
+        int32_t rows = e->n_rows, outs = e->n_outs;
+
+        if (e->state != wanted)
+            continue;
+        if (b->pack.b.n + rows > b->pack.max_n || b->pack.b.n_out + outs > b->pack.max_out)
+            break;
+        e->row0 = b->pack.b.n;
+        e->out0 = b->pack.b.n_out;
+        for (int32_t p = 0; p < e->spec->n_prompts; p++)
+            kne_pack_add(&b->pack, e->prompt[p].id, e->prompt[p].n, e->prompt[p].n_prompt);
+        for (int32_t a = 0; anchors && b->opt.beta > 0 && a < e->n_anchors; a++)
+        {
+            const kne_tokens *t = &b->known[e->anchor[a]];
+
+            kne_pack_add(&b->pack, t->id, t->n, t->n_prompt);
+        }
+        e->row1 = b->pack.b.n;
+        b->turn[b->n_turn++] = e;
+    }
+    return b->n_turn > 0;
+}
+
+/* ---- the step ---- */
+
+/* Protected: momentum on M^-1 G, a step of length lr |W_S| along it. */
+static void
+protected_step(batch *b, edit *e)
+{
+    const int32_t L = b->job->model->arch.n_layers, d = b->job->model->arch.d_model;
+    double        norm = 0;
+
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        if (!b->moves[k])
+            continue;
+        /* the metric is that of the value vectors' inputs; keys take the plain gradient */
+        for (int32_t l = 0; k == KNE_MATRIX_DOWN && l < L; l++)
+        {
+            int32_t from = e->from[l], n = e->from[l + 1] - from;
+            float  *g = e->grad[k] + (size_t) from * (size_t) d;
+
+            if (n)
+                kne_metric_solve(e->chol[l], n, g, g, d, b->column);
+        }
+        for (size_t i = 0; i < (size_t) e->n * (size_t) d; i++)
+        {
+            e->mean[k][i] = (float) b->opt.momentum * e->mean[k][i] + e->grad[k][i];
+            norm += (double) e->mean[k][i] * e->mean[k][i];
+        }
+    }
+    double scale = norm > 0 ? b->opt.lr * e->w_norm / sqrt(norm) : 0;
+    if (b->opt.alpha > 0)
+        scale *= b->opt.alpha / sqrt((double) e->n);
+    for (int k = 0; k < N_MATRICES; k++)
+        for (size_t i = 0; b->moves[k] && i < (size_t) e->n * (size_t) d; i++)
+            e->delta[k][i] -= (float) scale * e->mean[k][i];
+}
+
+static void
+adam_step(batch *b, edit *e)
+{
+    const int32_t d = b->job->model->arch.d_model;
+    const float   c1 = 1 - powf(ADAM_B1, (float) e->out->steps), c2 = 1 - powf(ADAM_B2, (float) e->out->steps);
+    float         lr = (float) b->opt.lr;
+
+    if (b->opt.alpha > 0)
+        lr *= (float) (b->opt.alpha / sqrt((double) e->n));
+    for (int k = 0; k < N_MATRICES; k++)
+        for (size_t i = 0; b->moves[k] && i < (size_t) e->n * (size_t) d; i++)
+        {
+            float g = e->grad[k][i];
+
+            e->mean[k][i] = ADAM_B1 * e->mean[k][i] + (1 - ADAM_B1) * g;
+            e->var[k][i] = ADAM_B2 * e->var[k][i] + (1 - ADAM_B2) * g * g;
+            e->delta[k][i] -= lr * (e->mean[k][i] / c1) / (sqrtf(e->var[k][i] / c2) + 1e-8f);
+        }
+}
+
+/* ---- the job ---- */
+
+/* The anchors' distributions in the view, before anything moves. */
+static kne_status
+anchor_references(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    size_t              n = 0;
+    kne_tokens         *fact;
+    float             **at;
+    kne_status          st;
+
+    for (int32_t i = 0; i < job->n_edits; i++)
+        n += b->edit[i].state == EDIT_ENDED || b->opt.beta <= 0 ? 0 : (size_t) b->edit[i].n_anchors;
+    fact = malloc((n + 1) * sizeof *fact);
+    at = malloc((n + 1) * sizeof *at);
+    st = fact && at ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    n = 0;
+    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
+        for (int32_t a = 0; b->edit[i].state != EDIT_ENDED && b->opt.beta > 0 && a < b->edit[i].n_anchors; a++, n++)
+        {
+            fact[n] = b->known[b->edit[i].anchor[a]];
+            at[n] = b->edit[i].anchor_logp[a];
+        }
+    if (st == KNE_OK)
+        st = kne_score_tokens(job->model, job->backend, job->view, fact, (int32_t) n, NULL, NULL, at,
+                              job->calls.yield, job->calls.ctx, err);
+    free(fact);
+    free(at);
+    return st;
+}
+
+static void
+prepare_edits(batch *b)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const int32_t   L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
+
+    for (int32_t l = 0; l < L; l++)
+    {
+        double mean = kne_metric_mean(b->protect, b->n_protect, l, f);
+
+        for (int32_t i = 0; i < b->job->n_edits; i++)
+        {
+            edit   *e = &b->edit[i];
+            int32_t from = e->state == EDIT_ENDED ? 0 : e->from[l], n = e->state == EDIT_ENDED ? 0 : e->from[l + 1] - from;
+
+            for (int32_t j = from; j < from + n; j++)
+                for (int k = 0; k < N_MATRICES; k++)
+                    for (int32_t c = 0; b->moves[k] && c < d; c++)
+                    {
+                        double v = b->rows.base[k][(size_t) e->place[j] * (size_t) d + (size_t) c];
+
+                        e->w_norm += v * v;
+                    }
+            for (int32_t j = from; j < from + n; j++)
+                e->index[j] -= l * f; /* from here on: the neuron within its layer */
+            if (n && e->chol)
+                kne_metric_factor(e->chol[l], b->protect, b->n_protect, l, f, e->index + from, n, b->opt.ridge, mean,
+                                  b->column);
+        }
+    }
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        b->edit[i].w_norm = sqrt(b->edit[i].w_norm);
+}
+
+static void
+report(batch *b, int phase, int done)
+{
+    const kne_job_calls *c = &b->job->calls;
+    double               loss = 0;
+    int                  active = 0;
+
+    if (!c->progress)
+        return;
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        if (b->edit[i].state == EDIT_ACTIVE)
+        {
+            loss += b->edit[i].loss;
+            active++;
+        }
+    c->progress(c->ctx, phase, done, b->opt.max_steps, (float) (active ? loss / active : 0), b->job->n_edits - active);
+}
+
+static int32_t
+count_state(const batch *b, edit_state s)
+{
+    int32_t n = 0;
+
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        n += b->edit[i].state == s;
+    return n;
+}
+
+kne_status
+kne_batch_optimise(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const kne_arch     *arch = &job->model->arch;
+    int32_t            *mark = malloc((size_t) arch->n_layers * (size_t) arch->d_ff * sizeof *mark);
+    kne_status          st = mark ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
+    {
+        union_layout(b, mark, err);
+        layout(b);
+        if (turn == 0)
+            st = kne_arena_commit(&b->run, err);
+    }
+    if (st == KNE_OK)
+        st = kne_work_new(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true},
+                          &b->work, err);
+    if (st == KNE_OK)
+    {
+        union_fill(b, mark);
+        prepare_edits(b);
+        st = anchor_references(b, err);
+    }
+    free(mark);
+
+    for (int step = 0; st == KNE_OK; step++)
+    {
+        int32_t next = 0;
+
+        st = kne_batch_pause(b, err);
+        report(b, KNE_PHASE_OPTIMISE, step);
+        /* each round makes a step of somebody's budget or ends; anything else would be a loop */
+        if (st == KNE_OK && step > (job->n_edits + 1) * (b->opt.max_steps + 2))
+            st = kne_error(err, KNE_ERR_INTERNAL, "the batch does not settle");
+        if (st != KNE_OK)
+            break;
+        compose(b);
+        if (count_state(b, EDIT_ACTIVE) == 0)
+        {
+            /* all reached, one after another: do they all hold together? */
+            while (st == KNE_OK && fill_pass(b, EDIT_REACHED, &next, false))
+                if ((st = run_pass(b, false, err)) == KNE_OK)
+                    st = kne_batch_pause(b, err);
+            if (count_state(b, EDIT_ACTIVE) == 0)
+                break;
+            next = 0;
+        }
+        while (st == KNE_OK && fill_pass(b, EDIT_ACTIVE, &next, true))
+        {
+            st = run_pass(b, true, err);
+            for (int32_t i = 0; i < b->n_turn && st == KNE_OK; i++)
+            {
+                edit *e = b->turn[i];
+
+                if (e->state != EDIT_ACTIVE)
+                    continue;
+                if (e->out->steps >= b->opt.max_steps || !isfinite(e->loss))
+                {
+                    kne_edit_end(e, KNE_OUTCOME_FAILED, isfinite(e->loss)
+                                     ? "the object was not reached in %d steps" : "the loss is not finite after %d steps",
+                                 e->out->steps);
+                    continue;
+                }
+                e->out->steps++;
+                if (b->opt.step == KNE_STEP_PROTECTED)
+                    protected_step(b, e);
+                else
+                    adam_step(b, e);
+            }
+            if (st == KNE_OK)
+                st = kne_batch_pause(b, err);
+        }
+    }
+    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
+        for (int32_t l = 0; l < arch->n_layers && b->edit[i].state != EDIT_ENDED; l++)
+            for (int32_t j = b->edit[i].from[l]; j < b->edit[i].from[l + 1]; j++)
+                b->edit[i].index[j] += l * arch->d_ff;
+    kne_work_free(b->work);
+    b->work = NULL;
+    return st;
+}

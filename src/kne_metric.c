@@ -1,0 +1,97 @@
+/*
+ * kne_metric.c - see kne_metric.h. The matrices have some tens of rows (the ensemble within one layer), so a
+ * plain Cholesky in double is microseconds and a LAPACK would be a dependency for thirty lines.
+ */
+#include "kne_metric.h"
+
+#include <math.h>
+#include <string.h>
+
+double
+kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f)
+{
+    double  sum = 0;
+    int64_t rows = 0;
+
+    for (int32_t r = 0; r < n_ref; r++)
+    {
+        const float *a = ref[r]->a + (size_t) layer * (size_t) ref[r]->n_rows * (size_t) f;
+        int64_t      len = (int64_t) ref[r]->n_rows * f;
+
+        for (int64_t k = 0; k < len; k++)
+            sum += (double) a[k] * a[k];
+        rows += ref[r]->n_rows;
+    }
+    return rows ? sum / (double) rows / f : 0;
+}
+
+void
+kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
+                  const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch)
+{
+    int64_t rows = 0;
+
+    memset(chol, 0, (size_t) n * (size_t) n * sizeof *chol);
+    for (int32_t r = 0; r < n_ref; r++)
+    {
+        const float *a = ref[r]->a + (size_t) layer * (size_t) ref[r]->n_rows * (size_t) f;
+
+        for (int32_t t = 0; t < ref[r]->n_rows; t++, a += f)
+        {
+            for (int32_t i = 0; i < n; i++)
+                scratch[i] = a[neuron[i]];
+            for (int32_t i = 0; i < n; i++)
+                for (int32_t j = 0; j <= i; j++)
+                    chol[(size_t) i * n + j] += scratch[i] * scratch[j];
+        }
+        rows += ref[r]->n_rows;
+    }
+    for (int32_t i = 0; i < n; i++)
+    {
+        for (int32_t j = 0; j <= i && rows; j++)
+            chol[(size_t) i * n + j] /= (double) rows;
+        chol[(size_t) i * n + i] += mean > 0 ? ridge * mean : 1;
+    }
+
+    for (int32_t j = 0; j < n; j++)
+    {
+        double *cj = chol + (size_t) j * n, diag = cj[j];
+
+        for (int32_t k = 0; k < j; k++)
+            diag -= cj[k] * cj[k];
+        cj[j] = sqrt(diag > 1e-300 ? diag : 1e-300); /* the ridge keeps it positive */
+        for (int32_t i = j + 1; i < n; i++)
+        {
+            double *ci = chol + (size_t) i * n, sum = ci[j];
+
+            for (int32_t k = 0; k < j; k++)
+                sum -= ci[k] * cj[k];
+            ci[j] = sum / cj[j];
+        }
+    }
+}
+
+void
+kne_metric_solve(const double *chol, int32_t n, const float *g, float *x, int32_t d, double *scratch)
+{
+    for (int32_t c = 0; c < d; c++)
+    {
+        for (int32_t i = 0; i < n; i++)
+        {
+            double sum = g[(size_t) i * d + c];
+
+            for (int32_t k = 0; k < i; k++)
+                sum -= chol[(size_t) i * n + k] * scratch[k];
+            scratch[i] = sum / chol[(size_t) i * n + i];
+        }
+        for (int32_t i = n - 1; i >= 0; i--)
+        {
+            double sum = scratch[i];
+
+            for (int32_t k = i + 1; k < n; k++)
+                sum -= chol[(size_t) k * n + i] * scratch[k];
+            scratch[i] = sum / chol[(size_t) i * n + i];
+            x[(size_t) i * d + c] = (float) scratch[i];
+        }
+    }
+}

@@ -1,0 +1,26 @@
+/*
+ * kne_metric.h - the metric of the protected step, restricted to an ensemble:
+ * M = C_SS + ridge * (mean diagonal of C) * I, with C = E[a a^T] of the FFN activations on known facts.
+ *
+ * Source: ROME and MEMIT (arXiv 2202.05262, 2210.07229) take C over a corpus and a whole layer; here the
+ * facts in the database are the corpus and the ensemble is the matrix, so nothing is precomputed.
+ */
+#ifndef KNE_METRIC_H
+#define KNE_METRIC_H
+
+#include "kne_ref.h"
+
+/* Mean diagonal of C over all neurons of a layer; 0 without facts. */
+double kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f);
+
+/*
+ * The Cholesky factor of M for the neurons (n, ascending, within `layer`) into chol (n, n), lower triangle;
+ * `mean` from kne_metric_mean. Without facts M = I. scratch: (n).
+ */
+void kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
+                       const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch);
+
+/* x[n, d] = M^-1 g[n, d]; scratch: (n). */
+void kne_metric_solve(const double *chol, int32_t n, const float *g, float *x, int32_t d, double *scratch);
+
+#endif

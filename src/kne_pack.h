@@ -1,0 +1,30 @@
+/*
+ * kne_pack.h - packs token sequences into a batch, one after another.
+ *
+ * A fact of n tokens of which the first n_prompt are its prompt becomes a sequence of
+ * n - 1 rows; rows n_prompt - 1 .. n - 2 predict the object and are its out rows.
+ */
+#ifndef KNE_PACK_H
+#define KNE_PACK_H
+
+#include "kne_graph.h"
+
+typedef struct kne_pack
+{
+    kne_batch b;          /* points into the arrays below */
+    int32_t  *id, *pos;   /* (max_n) */
+    kne_seq  *seq;        /* (max_seq) */
+    int32_t  *out_row;    /* (max_out) */
+    int32_t  *target;     /* (max_out) the token that the row should predict */
+    int32_t   max_n, max_seq, max_out;
+} kne_pack;
+
+/* Take the arrays from the arena (twice, as every layout). */
+void kne_pack_layout(kne_pack *p, kne_arena *arena, int32_t max_n, int32_t max_seq, int32_t max_out);
+void kne_pack_clear(kne_pack *p);
+/* Is there room for another fact. */
+bool kne_pack_fits(const kne_pack *p, int32_t n, int32_t n_prompt);
+/* Add a fact that fits. Returns the index of its first out row. */
+int32_t kne_pack_add(kne_pack *p, const int32_t *id, int32_t n, int32_t n_prompt);
+
+#endif

@@ -1,0 +1,309 @@
+/*
+ * kne_ref.c - the cache of reference facts (see kne_ref.h): an open-addressed
+ * table of pointers by 64-bit key, swept of what the last job did not use when it grows over its budget.
+ */
+#include "kne_ref.h"
+#include "kne_pack.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define BUDGET ((size_t) 512 << 20) /* bytes of activations and scores */
+#define PASS_ROWS 512
+
+struct kne_ref_cache
+{
+    kne_ref **slot; /* (cap), NULL: free */
+    size_t    cap, n;
+    uint64_t  job;
+};
+
+static uint64_t
+mix(uint64_t h, uint64_t v)
+{
+    h ^= v;
+    return kne_random_next(&h);
+}
+
+static uint64_t
+fact_key(const kne_tokens *t)
+{
+    uint64_t h = mix((uint64_t) t->n, (uint64_t) t->n_prompt);
+
+    for (int32_t i = 0; i < t->n; i++)
+        h = mix(h, (uint64_t) t->id[i]);
+    return h;
+}
+
+kne_status
+kne_ref_cache_new(struct kne_ref_cache **out, kne_err *err)
+{
+    kne_ref_cache *c = calloc(1, sizeof *c);
+
+    if (c)
+        c->slot = calloc(c->cap = 1024, sizeof *c->slot);
+    if (!c || !c->slot)
+    {
+        free(c);
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    }
+    *out = c;
+    return KNE_OK;
+}
+
+static void
+ref_free(kne_ref *r)
+{
+    free(r->a);
+    free(r->score);
+    free(r);
+}
+
+void
+kne_ref_cache_free(struct kne_ref_cache *c)
+{
+    if (!c)
+        return;
+    for (size_t i = 0; i < c->cap; i++)
+        if (c->slot[i])
+            ref_free(c->slot[i]);
+    free(c->slot);
+    free(c);
+}
+
+static kne_ref **
+find(kne_ref_cache *c, uint64_t key)
+{
+    size_t i = key & (c->cap - 1);
+
+    while (c->slot[i] && c->slot[i]->key != key)
+        i = (i + 1) & (c->cap - 1);
+    return &c->slot[i];
+}
+
+/* Move the entries used since job `oldest` into a table of cap slots; free the others. */
+static kne_status
+rebuild(kne_ref_cache *c, size_t cap, uint64_t oldest, kne_err *err)
+{
+    kne_ref **old = c->slot, **slot = calloc(cap, sizeof *slot);
+    size_t    n = c->cap;
+
+    if (!slot)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    c->slot = slot;
+    c->cap = cap;
+    c->n = 0;
+    for (size_t i = 0; i < n; i++)
+    {
+        if (!old[i])
+            continue;
+        if (old[i]->used < oldest)
+            ref_free(old[i]);
+        else
+        {
+            *find(c, old[i]->key) = old[i];
+            c->n++;
+        }
+    }
+    free(old);
+    return KNE_OK;
+}
+
+static size_t
+bytes_in_use(const kne_ref_cache *c, int32_t L, int32_t f)
+{
+    size_t b = 0;
+
+    for (size_t i = 0; i < c->cap; i++)
+        if (c->slot[i])
+            b += ((size_t) c->slot[i]->n_rows + (c->slot[i]->score != NULL)) * (size_t) L * (size_t) f * sizeof(float);
+    return b;
+}
+
+/* Forward what is packed (facts[from..]) and keep each one's activations. */
+static kne_status
+take_pass(const kne_model *m, kne_backend *be, kne_work *w, kne_pack *pack, kne_ref **fresh, int32_t *n_fresh,
+          float *logp, int32_t *best, kne_err *err)
+{
+    const int32_t L = m->arch.n_layers, f = m->arch.d_ff;
+    int32_t       o = 0;
+
+    KNE_TRY(kne_forward(m, be, w, &pack->b, NULL, NULL, 0, err));
+    be->logprob(be->ctx, logp, best, NULL, w->logits, pack->target, NULL, pack->b.n_out, m->arch.vocab_size);
+    for (int32_t i = 0; i < *n_fresh; i++)
+    {
+        const kne_seq *s = &pack->seq[i];
+        kne_ref       *r = fresh[i];
+        int32_t        skip = s->q_len - r->n_rows;
+
+        for (int32_t l = 0; l < L; l++)
+            memcpy(r->a + (size_t) l * (size_t) r->n_rows * (size_t) f,
+                   w->layer[l].a + (size_t) (s->q0 + skip) * (size_t) f, (size_t) r->n_rows * (size_t) f * sizeof(float));
+        r->right = true;
+        for (; o < pack->b.n_out && pack->out_row[o] < s->q0 + s->q_len; o++)
+            r->right &= best[o] == pack->target[o];
+    }
+    *n_fresh = 0;
+    kne_pack_clear(pack);
+    return KNE_OK;
+}
+
+kne_status
+kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens *fact, int32_t n, kne_ref **ref,
+         const kne_job_calls *calls, kne_err *err)
+{
+    const int32_t L = m->arch.n_layers, f = m->arch.d_ff;
+    const size_t  row_bytes = (size_t) L * (size_t) f * sizeof(float);
+    int32_t       max_rows, rows = 1, n_fresh = 0, missing = 0;
+    kne_arena     arena = {0};
+    kne_pack      pack = {0};
+    kne_work     *w = NULL;
+    kne_ref     **fresh = NULL;
+    float        *logp = NULL;
+    int32_t      *best = NULL;
+    kne_status    st = KNE_OK;
+
+    c->job++;
+    for (int32_t i = 0; i < n; i++)
+    {
+        kne_ref *r = *find(c, fact_key(&fact[i]));
+
+        if (r)
+            r->used = c->job;
+        else
+        {
+            missing++;
+            rows = fact[i].n > rows ? fact[i].n : rows;
+        }
+    }
+    if (missing && bytes_in_use(c, L, f) > BUDGET / 2)
+        KNE_TRY(rebuild(c, c->cap, c->job, err));
+    while ((c->n + (size_t) missing) * 2 > c->cap)
+        KNE_TRY(rebuild(c, c->cap * 2, 0, err));
+    size_t per_fact = BUDGET / 2 / row_bytes / (size_t) (n ? n : 1);
+    max_rows = per_fact < 1 ? 1 : per_fact > 1 << 20 ? 1 << 20 : (int32_t) per_fact;
+
+    rows = rows > PASS_ROWS ? rows : PASS_ROWS;
+    for (int turn = 0; turn < 2 && st == KNE_OK && missing; turn++)
+    {
+        kne_pack_layout(&pack, &arena, rows, rows, rows);
+        fresh = kne_arena_take(&arena, (size_t) rows, sizeof *fresh);
+        logp = kne_arena_take(&arena, (size_t) rows, sizeof *logp);
+        best = kne_arena_take(&arena, (size_t) rows, sizeof *best);
+        if (turn == 0)
+            st = kne_arena_commit(&arena, err);
+    }
+    if (st == KNE_OK && missing)
+        st = kne_work_new(m, (kne_work_shape) {rows, rows, 0, true}, &w, err);
+
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+    {
+        kne_ref **at = find(c, fact_key(&fact[i]));
+
+        if (!*at)
+        {
+            kne_ref *r = calloc(1, sizeof *r);
+
+            if (r)
+            {
+                r->key = fact_key(&fact[i]);
+                r->used = c->job;
+                r->n_rows = fact[i].n - 1 < max_rows ? fact[i].n - 1 : max_rows;
+                r->a = malloc((size_t) r->n_rows * row_bytes);
+            }
+            if (!r || !r->a)
+            {
+                free(r);
+                st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+                break;
+            }
+            if (!kne_pack_fits(&pack, fact[i].n, fact[i].n_prompt))
+            {
+                if (calls && calls->yield && calls->yield(calls->ctx))
+                    st = kne_error(err, KNE_ERR_CANCELLED, "cancelled");
+                else
+                    st = take_pass(m, be, w, &pack, fresh, &n_fresh, logp, best, err);
+            }
+            if (st != KNE_OK)
+            {
+                ref_free(r);
+                break;
+            }
+            *at = r;
+            c->n++;
+            fresh[n_fresh++] = r;
+            kne_pack_add(&pack, fact[i].id, fact[i].n, fact[i].n_prompt);
+        }
+        ref[i] = *at;
+    }
+    if (st == KNE_OK && n_fresh)
+        st = take_pass(m, be, w, &pack, fresh, &n_fresh, logp, best, err);
+    /* entries that a failure left without content must not be found again */
+    for (int32_t i = 0; i < n_fresh; i++)
+        fresh[i]->used = 0;
+    if (n_fresh)
+        rebuild(c, c->cap, 1, NULL);
+    kne_work_free(w);
+    kne_arena_free(&arena);
+    return st;
+}
+
+static uint64_t
+options_key(const kne_options *o)
+{
+    return mix(mix(mix(mix(1, (uint64_t) o->points), (uint64_t) o->path), (uint64_t) o->quadrature), (uint64_t) o->score);
+}
+
+kne_status
+kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, const kne_tokens *fact,
+               kne_ref *const *ref, const int32_t *pick, int32_t n_pick, const kne_job_calls *calls, kne_err *err)
+{
+    const size_t   len = (size_t) m->arch.n_layers * (size_t) m->arch.d_ff;
+    const uint64_t key = options_key(opt);
+    kne_options    all = *opt; /* scores of every layer, whatever range this edit has */
+    kne_tokens    *todo = malloc(((size_t) n_pick + 1) * sizeof *todo);
+    float        **score = NULL;
+    kne_ref      **who = malloc(((size_t) n_pick + 1) * sizeof *who);
+    int32_t        n = 0, tokens = 0;
+    kne_status     st = todo && who ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    all.layer_min = 0;
+    all.layer_max = -1;
+    for (int32_t i = 0; i < n_pick && st == KNE_OK; i++)
+    {
+        kne_ref *r = ref[pick[i]];
+
+        if (r->score && r->score_key == key)
+            continue;
+        if (!r->score && !(r->score = malloc(len * sizeof(float))))
+            st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+        else
+        {
+            memset(r->score, 0, len * sizeof(float));
+            r->score_key = 0;
+            todo[n] = fact[pick[i]];
+            who[n++] = r;
+            tokens += fact[pick[i]].n - fact[pick[i]].n_prompt;
+        }
+    }
+    if (st == KNE_OK && !(score = malloc(((size_t) tokens + 1) * sizeof *score)))
+        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    if (st == KNE_OK && n)
+    {
+        for (int32_t i = 0, k = 0; i < n; i++)
+            for (int32_t j = todo[i].n_prompt; j < todo[i].n; j++)
+                score[k++] = who[i]->score;
+        st = kne_attribute(m, be, NULL, &all, todo, n, score, calls, err);
+    }
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+    {
+        for (size_t k = 0; k < len; k++)
+            who[i]->score[k] = fabsf(who[i]->score[k]);
+        who[i]->score_key = key;
+    }
+    free(todo);
+    free(score);
+    free(who);
+    return st;
+}
