@@ -116,7 +116,8 @@ kne_status kne_backward(const kne_model *m, kne_backend *be, kne_work *w, const 
 
 /*
  * Greedy continuation with a K/V cache: appends up to max_tokens ids, stops at the
- * end-of-text id (not appended) or a full context. ids of the tokenizer's range only.
+ * end-of-text id (not appended) or a full context (n_ctx positions fed, so the last
+ * id may be the one after them). ids of the tokenizer's range only. KNE_ERR_LIMIT: a prompt over n_ctx.
  * yield (may be NULL) is called between tokens; non-zero stops with KNE_ERR_CANCELLED.
  */
 kne_status kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
