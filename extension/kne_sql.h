@@ -1,0 +1,69 @@
+/*
+ * kne_sql.h - what the files of the SQL surface share with each other (not with the processes' files):
+ * prepared statements, checks of arguments, the caller's identity.
+ */
+#ifndef KNE_SQL_H
+#define KNE_SQL_H
+
+#include "kne_ext.h"
+
+#include "executor/spi.h"
+#include "utils/jsonb.h"
+
+#include "../src/kne_options.h"
+
+#define KNE_MAX_ARGS 8
+
+/* A statement, prepared on first use and kept for the life of the backend. */
+typedef struct KnePlan
+{
+    const char *sql;
+    int         nargs;
+    Oid         types[KNE_MAX_ARGS];
+    SPIPlanPtr  plan;
+} KnePlan;
+
+/* How a statement looks at the database. */
+typedef enum KneLook
+{
+    KNE_READ,  /* the active snapshot, as a STABLE function must */
+    KNE_WRITE, /* a fresh snapshot (in READ COMMITTED), and writes */
+    KNE_LATEST /* reads with a snapshot taken now, whatever the isolation level */
+} KneLook;
+
+/* Nested calls are fine; what SPI returns lives until kne_spi_finish. */
+extern void kne_spi_connect(void);
+extern void kne_spi_finish(void);
+/* Run it and return how many rows there were. `nulls` as SPI takes it: ' ' or 'n' for each argument, or NULL. */
+extern uint64 kne_spi(KnePlan *p, KneLook look, Datum *values, const char *nulls);
+/* Columns (from 1) of row i of the last result. text: in `mcxt`, NULL when null. */
+extern Datum kne_spi_datum(uint64 row, int col, bool *isnull);
+extern int64 kne_spi_int8(uint64 row, int col);
+extern int32 kne_spi_int4(uint64 row, int col);
+extern bool  kne_spi_bool(uint64 row, int col); /* false when null */
+extern char *kne_spi_text(uint64 row, int col, MemoryContext mcxt);
+
+/* The role that called, outside of kne's own SECURITY DEFINER. */
+extern const char *kne_caller(void);
+
+/* An event by a user: like kne_event, with who and whence added to the detail. `key`: `value` too unless value is NULL. */
+extern void kne_event_user(int64 edit_id, const char *event, const char *key, const char *value);
+
+/* ERROR unless text is there and not blank. */
+extern void kne_check_text(const char *what, const char *value);
+/* Defaults, then the options of an object; ERROR for what the table does not allow. NULL: the defaults. */
+extern void kne_options_from_jsonb(Jsonb *j, kne_options *out);
+extern void kne_options_from_text(const char *json, kne_options *out);
+
+/* Text in the server's encoding, sent as UTF-8. */
+extern void kne_put_text(kne_wbuf *w, const char *s);
+
+/* This database's origin; in the current context. */
+extern struct pg_uuid_t *kne_origin(void);
+
+/* The view that a reading function answers from: kept between calls of one snapshot (view.c). */
+extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
+/* The model without its edits, for what does not depend on them. In the current context. */
+extern KneView *kne_view_base(KneModel *model);
+
+#endif

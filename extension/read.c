@@ -1,0 +1,348 @@
+/*
+ * read.c - the functions that ask a model: complete, logprob, next_tokens, knows, locate, tokenize, detokenize.
+ *
+ * Each is a message to the engine that begins with the view of the caller's snapshot (view.c), so the answer is of
+ * exactly the edits that the calling query sees. NULL in, NULL out, as with SQL's own functions. Nothing here writes.
+ */
+#include "kne_sql.h"
+#include "kne_compat.h"
+
+#include "catalog/pg_type.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+PG_FUNCTION_INFO_V1(kne_complete);
+PG_FUNCTION_INFO_V1(kne_logprob);
+PG_FUNCTION_INFO_V1(kne_next_tokens);
+PG_FUNCTION_INFO_V1(kne_knows);
+PG_FUNCTION_INFO_V1(kne_locate);
+PG_FUNCTION_INFO_V1(kne_tokenize);
+PG_FUNCTION_INFO_V1(kne_detokenize);
+
+/* ---------------------------------------------------------------- arguments */
+
+static char *
+text_arg(FunctionCallInfo fcinfo, int n)
+{
+    return PG_ARGISNULL(n) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(n));
+}
+
+/* NULL is now; an instant must be one that has been. */
+static TimestampTz
+as_of_arg(FunctionCallInfo fcinfo, int n)
+{
+    TimestampTz t;
+
+    if (PG_ARGISNULL(n))
+        return KNE_NOW;
+    t = PG_GETARG_TIMESTAMPTZ(n);
+    if (TIMESTAMP_NOT_FINITE(t))
+        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must be finite"),
+                        errhint("Leave it out, or pass NULL, for the present.")));
+    if (t > GetCurrentTimestamp())
+        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must not be in the future"),
+                        errdetail("It is %s.", timestamptz_to_str(t))));
+    return t;
+}
+
+static KneView *
+view_args(FunctionCallInfo fcinfo, int model, int as_of)
+{
+    kne_require_preload();
+    return kne_view_for_read(text_arg(fcinfo, model), as_of_arg(fcinfo, as_of));
+}
+
+/* The model alone, for what no edit changes. */
+static KneView *
+base_arg(FunctionCallInfo fcinfo, int model)
+{
+    KneView *view;
+
+    kne_require_preload();
+    view = kne_view_for_read(text_arg(fcinfo, model), KNE_NOW);
+    return kne_view_base(view->model);
+}
+
+static int32
+count_arg(FunctionCallInfo fcinfo, int n, const char *name)
+{
+    int32 v = PG_GETARG_INT32(n);
+
+    if (v < 0)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s must not be negative", name),
+                        errdetail("It is %d.", v)));
+    return v;
+}
+
+static void
+body_begin(kne_wbuf *w, const KneView *view)
+{
+    kne_wbuf_init(w);
+    kne_put_view(w, view);
+}
+
+static Datum
+text_reply(KneReply *reply)
+{
+    StringInfoData answer;
+
+    initStringInfo(&answer);
+    kne_get_text(&reply->body, &answer);
+    kne_reply_done(reply);
+    return CStringGetTextDatum(answer.data);
+}
+
+/* A count that must be n: of an answer to a message with n questions. */
+static void
+expect_count(KneReply *reply, uint32 n, size_t size)
+{
+    if (kne_get_count(&reply->body, size) != n)
+        reply->body.bad = true;
+}
+
+/* ---------------------------------------------------------------- one value */
+
+Datum
+kne_complete(PG_FUNCTION_ARGS)
+{
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
+    int32    max_tokens;
+
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+        PG_RETURN_NULL();
+    max_tokens = count_arg(fcinfo, 1, "max_tokens");
+    view = view_args(fcinfo, 2, 3);
+    if (max_tokens == 0)
+        PG_RETURN_TEXT_P(cstring_to_text(""));
+    body_begin(&w, view);
+    kne_put_text(&w, text_arg(fcinfo, 0));
+    kne_put_i32(&w, max_tokens);
+    kne_call_view(view, KNE_MSG_COMPLETE, &w, NULL, NULL, &reply);
+    PG_RETURN_DATUM(text_reply(&reply));
+}
+
+Datum
+kne_logprob(PG_FUNCTION_ARGS)
+{
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
+    double   logp;
+
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+        PG_RETURN_NULL();
+    view = view_args(fcinfo, 2, 3);
+    body_begin(&w, view);
+    kne_put_u32(&w, 1);
+    kne_put_text(&w, text_arg(fcinfo, 0));
+    kne_put_text(&w, text_arg(fcinfo, 1));
+    kne_call_view(view, KNE_MSG_LOGPROB, &w, NULL, NULL, &reply);
+    expect_count(&reply, 1, sizeof(double));
+    logp = kne_get_f64(&reply.body);
+    kne_reply_done(&reply);
+    PG_RETURN_FLOAT8(logp);
+}
+
+Datum
+kne_knows(PG_FUNCTION_ARGS)
+{
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
+    bool     right;
+
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
+        PG_RETURN_NULL();
+    kne_check_text("subject", text_arg(fcinfo, 0));
+    kne_check_text("relation", text_arg(fcinfo, 1));
+    kne_check_text("object", text_arg(fcinfo, 2));
+    view = view_args(fcinfo, 3, 4);
+    body_begin(&w, view);
+    kne_put_u32(&w, 1);
+    kne_put_text(&w, kne_prompt(text_arg(fcinfo, 0), text_arg(fcinfo, 1)));
+    kne_put_text(&w, text_arg(fcinfo, 2));
+    kne_call_view(view, KNE_MSG_KNOWS, &w, NULL, NULL, &reply);
+    expect_count(&reply, 1, 1);
+    right = kne_get_u8(&reply.body) != 0;
+    kne_reply_done(&reply);
+    PG_RETURN_BOOL(right);
+}
+
+/* ---------------------------------------------------------------- tokens */
+
+Datum
+kne_tokenize(PG_FUNCTION_ARGS)
+{
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
+    uint32   n;
+    Datum   *ids;
+
+    if (PG_ARGISNULL(0))
+        PG_RETURN_NULL();
+    view = base_arg(fcinfo, 1);
+    body_begin(&w, view);
+    kne_put_text(&w, text_arg(fcinfo, 0));
+    kne_call_view(view, KNE_MSG_TOKENIZE, &w, NULL, NULL, &reply);
+    n = kne_get_count(&reply.body, sizeof(int32));
+    ids = palloc(sizeof(Datum) * Max(n, 1));
+    for (uint32 i = 0; i < n; i++)
+        ids[i] = Int32GetDatum(kne_get_i32(&reply.body));
+    kne_reply_done(&reply);
+    PG_RETURN_ARRAYTYPE_P(construct_array(ids, (int) n, INT4OID, sizeof(int32), true, TYPALIGN_INT));
+}
+
+Datum
+kne_detokenize(PG_FUNCTION_ARGS)
+{
+    KneView   *view;
+    kne_wbuf   w;
+    KneReply   reply;
+    ArrayType *ids;
+    int        n;
+
+    if (PG_ARGISNULL(0))
+        PG_RETURN_NULL();
+    ids = PG_GETARG_ARRAYTYPE_P(0);
+    if (ARR_NDIM(ids) > 1)
+        ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("tokens must be an array of one dimension")));
+    if (array_contains_nulls(ids))
+        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("tokens must not contain nulls")));
+    n = ArrayGetNItems(ARR_NDIM(ids), ARR_DIMS(ids));
+    view = base_arg(fcinfo, 1);
+    body_begin(&w, view);
+    kne_put_u32(&w, (uint32) n);
+    for (int i = 0; i < n; i++)
+        kne_put_i32(&w, ((int32 *) ((char *) ids + ARR_OVERHEAD_NONULLS(1)))[i]);
+    kne_call_view(view, KNE_MSG_DETOKENIZE, &w, NULL, NULL, &reply);
+    PG_RETURN_DATUM(text_reply(&reply));
+}
+
+/* ---------------------------------------------------------------- sets of rows */
+
+Datum
+kne_next_tokens(PG_FUNCTION_ARGS)
+{
+    ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+    KneView       *view;
+    kne_wbuf       w;
+    KneReply       reply;
+    int32          k;
+    uint32         n;
+
+    InitMaterializedSRF(fcinfo, 0);
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+        return (Datum) 0;
+    k = count_arg(fcinfo, 1, "k");
+    view = view_args(fcinfo, 2, 3);
+    if (k == 0)
+        return (Datum) 0;
+    body_begin(&w, view);
+    kne_put_text(&w, text_arg(fcinfo, 0));
+    kne_put_i32(&w, k);
+    kne_call_view(view, KNE_MSG_NEXT_TOKENS, &w, NULL, NULL, &reply);
+    n = kne_get_count(&reply.body, 4 + 4 + 8);
+    for (uint32 i = 0; i < n; i++)
+    {
+        Datum          values[4]; /* rank, token, token_id, probability */
+        bool           nulls[4] = {false};
+        StringInfoData token;
+
+        initStringInfo(&token);
+        values[0] = Int32GetDatum((int32) i + 1);
+        values[2] = Int32GetDatum(kne_get_i32(&reply.body));
+        kne_get_text(&reply.body, &token);
+        values[1] = CStringGetTextDatum(token.data);
+        values[3] = Float8GetDatum(kne_get_f64(&reply.body));
+        tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+        pfree(token.data);
+        CHECK_FOR_INTERRUPTS();
+    }
+    kne_reply_done(&reply);
+    return (Datum) 0;
+}
+
+/*
+ * The ensemble that an edit would move, found as the worker would find it: with the edit that it would supersede left out,
+ * and with the same known facts.
+ */
+Datum
+kne_locate(PG_FUNCTION_ARGS)
+{
+    static KnePlan superseded = {"SELECT edit_id FROM kne.edit_request WHERE model_id = $1 AND subject = $2"
+                                 " AND relation = $3 AND state = 'applied'",
+                                 3, {INT4OID, TEXTOID, TEXTOID}};
+    ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+    KneEditSpec    edit = {0};
+    KneModel      *model;
+    KneView       *view;
+    kne_options    options;
+    char          *options_json = NULL;
+    int64          without = 0;
+    kne_wbuf       w;
+    KneReply       reply;
+    Datum          key[3];
+    uint32         n;
+
+    InitMaterializedSRF(fcinfo, 0);
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
+        return (Datum) 0;
+    edit.subject = text_arg(fcinfo, 0);
+    edit.relation = text_arg(fcinfo, 1);
+    edit.object = text_arg(fcinfo, 2);
+    kne_check_text("subject", edit.subject);
+    kne_check_text("relation", edit.relation);
+    kne_check_text("object", edit.object);
+    if (!PG_ARGISNULL(4))
+    {
+        Jsonb *j = PG_GETARG_JSONB_P(4);
+
+        kne_options_from_jsonb(j, &options);
+        options_json = JsonbToCString(NULL, &j->root, VARSIZE(j));
+    }
+    kne_require_preload();
+    model = kne_model_by_name(text_arg(fcinfo, 3));
+
+    kne_spi_connect();
+    key[0] = Int32GetDatum(model->model_id);
+    key[1] = CStringGetTextDatum(edit.subject);
+    key[2] = CStringGetTextDatum(edit.relation);
+    if (kne_spi(&superseded, KNE_READ, key, NULL) > 0)
+        without = kne_spi_int8(0, 1);
+    kne_spi_finish();
+
+    view = kne_view_get(model, KNE_NOW, &without, without ? 1 : 0);
+    body_begin(&w, view);
+    kne_put_edit_body(&w, model, options_json, 1, &edit);
+    kne_call_view(view, KNE_MSG_LOCATE, &w, NULL, NULL, &reply);
+    n = kne_get_count(&reply.body, 4 + 4 + 4 + 4);
+    for (uint32 i = 0; i < n; i++)
+    {
+        Datum  values[4]; /* layer, neuron, score, token_scores */
+        bool   nulls[4] = {false};
+        Datum *token;
+        uint32 n_tokens;
+
+        values[0] = Int32GetDatum(kne_get_i32(&reply.body));
+        values[1] = Int32GetDatum(kne_get_i32(&reply.body));
+        values[2] = Float4GetDatum(kne_get_f32(&reply.body));
+        n_tokens = kne_get_count(&reply.body, sizeof(float4));
+        token = palloc(sizeof(Datum) * Max(n_tokens, 1));
+        for (uint32 t = 0; t < n_tokens; t++)
+            token[t] = Float4GetDatum(kne_get_f32(&reply.body));
+        values[3] = PointerGetDatum(construct_array(token, (int) n_tokens, FLOAT4OID, sizeof(float4), true, TYPALIGN_INT));
+        tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+        pfree(token);
+        pfree(DatumGetPointer(values[3]));
+        CHECK_FOR_INTERRUPTS();
+    }
+    kne_reply_done(&reply);
+    return (Datum) 0;
+}
