@@ -73,6 +73,51 @@ kne_bpe_find(const kne_bpe *bpe, const char *s, size_t n)
 
 /* ---- loading ---- */
 
+/*
+ * The tables of a large vocabulary do not fit the near caches, and loading
+ * looks up hundreds of thousands of texts in no order. So it goes by blocks,
+ * and brings what a block will touch closer, step by step, before it looks.
+ */
+#define BLOCK 16
+
+typedef struct probe
+{
+    const char *s;
+    size_t      n;
+    uint32_t    hash;
+} probe;
+
+static void
+fetch_slots(const kne_bpe *bpe, probe *p, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+    {
+        p[i].hash = hash_text(p[i].s, p[i].n);
+        __builtin_prefetch(&bpe->vocab[p[i].hash & bpe->vocab_mask]);
+    }
+}
+
+static void
+fetch_texts(const kne_bpe *bpe, const probe *p, size_t count)
+{
+    int32_t id1;
+
+    for (size_t i = 0; i < count; i++)
+        if ((id1 = bpe->vocab[p[i].hash & bpe->vocab_mask].id1) != 0)
+            __builtin_prefetch(&bpe->token[id1 - 1]);
+    for (size_t i = 0; i < count; i++)
+        if ((id1 = bpe->vocab[p[i].hash & bpe->vocab_mask].id1) != 0)
+            __builtin_prefetch(bpe->pool + bpe->token[id1 - 1].at);
+}
+
+static int32_t
+find_probe(const kne_bpe *bpe, const probe *p)
+{
+    uint32_t slot;
+
+    return find_hashed(bpe, p->s, p->n, p->hash, &slot);
+}
+
 static void
 put_text(kne_bpe *bpe, int32_t id, const char *s, size_t n)
 {
@@ -153,22 +198,33 @@ layout(kne_bpe *bpe, const sizes *size, bool byte_level)
 static kne_status
 load_vocab(kne_bpe *bpe, cJSON *vocab, kne_err *err)
 {
-    cJSON *item;
+    cJSON *item = vocab->child;
 
-    cJSON_ArrayForEach(item, vocab)
+    while (item)
     {
-        size_t      n;
-        const char *s = kne_tokjson_text(item->string, &n);
-        int32_t     id = (int32_t) item->valuedouble;
-        uint32_t    hash = hash_text(s, n), slot;
+        probe   p[BLOCK];
+        int32_t id[BLOCK];
+        size_t  count = 0;
 
-        if (bpe->token[id].at)
-            return kne_error(err, KNE_ERR_FORMAT, "two tokens have the id %d in tokenizer.json", id);
-        if (find_hashed(bpe, s, n, hash, &slot) >= 0)
-            return kne_error(err, KNE_ERR_FORMAT, "token \"%.*s\" is twice in tokenizer.json",
-                             kne_u8_prefix(s, n, 60), s);
-        bpe->vocab[slot] = (kne_vocab_slot) { .hash = hash, .id1 = id + 1 };
-        put_text(bpe, id, s, n);
+        for (; item && count < BLOCK; item = item->next)
+        {
+            p[count].s = kne_tokjson_text(item->string, &p[count].n);
+            id[count++] = (int32_t) item->valuedouble; /* in range: measure() looked */
+        }
+        fetch_slots(bpe, p, count);
+        for (size_t i = 0; i < count; i++)
+        {
+            uint32_t slot;
+
+            if (bpe->token[id[i]].at)
+                return kne_error(err, KNE_ERR_FORMAT, "two tokens have the id %d in tokenizer.json",
+                                 id[i]);
+            if (find_hashed(bpe, p[i].s, p[i].n, p[i].hash, &slot) >= 0)
+                return kne_error(err, KNE_ERR_FORMAT, "token \"%.*s\" is twice in tokenizer.json",
+                                 kne_u8_prefix(p[i].s, p[i].n, 60), p[i].s);
+            bpe->vocab[slot] = (kne_vocab_slot) { .hash = p[i].hash, .id1 = id[i] + 1 };
+            put_text(bpe, id[i], p[i].s, p[i].n);
+        }
     }
     return KNE_OK;
 }
@@ -193,80 +249,109 @@ put_merge(kne_bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id)
     }
 }
 
-/* The two halves of a merge: "a b", or ["a", "b"]. The joined text is left in joined. */
-static bool
-merge_halves(cJSON *item, kne_tokbuf *joined, size_t *left_n, kne_err *err)
+/*
+ * The two halves of a merge, "a b" or ["a", "b"], appended to text one behind
+ * the other: together they are the joined token.
+ */
+static kne_status
+merge_halves(cJSON *item, kne_tokbuf *text, size_t *left_n, bool *good, kne_err *err)
 {
+    cJSON *right = NULL;
     size_t n;
     char  *s, *space;
 
-    joined->n = 0;
+    *good = false;
     if (cJSON_IsString(item))
     {
         s = kne_tokjson_text(item->valuestring, &n);
         space = memchr(s, ' ', n);
         if (!space || memchr(space + 1, ' ', n - (size_t) (space + 1 - s)))
-            return false;
+            return KNE_OK;
+        *good = true;
         *left_n = (size_t) (space - s);
-        return kne_tokbuf_add(joined, s, *left_n, err) == KNE_OK &&
-               kne_tokbuf_add(joined, space + 1, n - *left_n - 1, err) == KNE_OK;
+        KNE_TRY(kne_tokbuf_add(text, s, *left_n, err));
+        return kne_tokbuf_add(text, space + 1, n - *left_n - 1, err);
     }
-    if (!cJSON_IsArray(item) || !cJSON_IsString(item->child) || !item->child->next ||
-        !cJSON_IsString(item->child->next) || item->child->next->next)
-        return false;
+    if (cJSON_IsArray(item) && item->child)
+        right = item->child->next;
+    if (!right || right->next || !cJSON_IsString(item->child) || !cJSON_IsString(right))
+        return KNE_OK;
+    *good = true;
     s = kne_tokjson_text(item->child->valuestring, left_n);
-    if (kne_tokbuf_add(joined, s, *left_n, err) != KNE_OK)
-        return false;
-    s = kne_tokjson_text(item->child->next->valuestring, &n);
-    return kne_tokbuf_add(joined, s, n, err) == KNE_OK;
+    KNE_TRY(kne_tokbuf_add(text, s, *left_n, err));
+    s = kne_tokjson_text(right->valuestring, &n);
+    return kne_tokbuf_add(text, s, n, err);
+}
+
+/* One block: its texts lie in text, half by half. */
+static kne_status
+put_merges(kne_bpe *bpe, probe *half, size_t count, uint32_t *rank, int32_t *id, kne_err *err)
+{
+    fetch_slots(bpe, half, count);
+    fetch_texts(bpe, half, count);
+    for (size_t i = 0; i < count; i += 2, ++*rank)
+    {
+        int32_t     left = find_probe(bpe, &half[i]), right = find_probe(bpe, &half[i + 1]);
+        const char *s = half[i].s;
+        size_t      n = half[i].n + half[i + 1].n;
+
+        /* Most vocabularies list the joined tokens in the order of the merges. */
+        if (++*id >= bpe->n_id || bpe->token[*id].n != n || bpe->token[*id].at == 0 ||
+            memcmp(bpe->pool + bpe->token[*id].at, s, n) != 0)
+            *id = kne_bpe_find(bpe, s, n);
+        if (left < 0 || right < 0 || *id < 0)
+        {
+            kne_status st = kne_error(
+                err, KNE_ERR_FORMAT,
+                "merge %u in tokenizer.json names a token that the vocabulary lacks", *rank + 1);
+
+            kne_error_detail(err, "It would make \"%.*s\".", kne_u8_prefix(s, n, 200), s);
+            return st;
+        }
+        put_merge(bpe, left, right, *rank, *id);
+    }
+    return KNE_OK;
 }
 
 static kne_status
 load_merges(kne_bpe *bpe, cJSON *merges, kne_err *err)
 {
-    kne_tokbuf joined = { 0 };
+    kne_tokbuf text = { 0 };
     uint32_t   rank = 0;
     int32_t    id = 0;
-    cJSON     *item;
-    kne_status st = kne_tokbuf_reserve(&joined, 1024, err);
+    cJSON     *item = merges->child;
+    kne_status st = kne_tokbuf_reserve(&text, 4096, err);
 
-    if (st != KNE_OK)
-        return st;
-    if (err)
-        err->code = KNE_OK; /* merge_halves fails for two reasons: tell them apart by this */
-    cJSON_ArrayForEach(item, merges)
+    while (item && st == KNE_OK)
     {
-        size_t  left_n;
-        int32_t left, right;
+        probe       half[2 * BLOCK];
+        size_t      count = 0;
+        const char *s;
 
-        if (cJSON_IsString(item) && strncmp(item->valuestring, "#version", 8) == 0)
-            continue; /* the first line of a merges.txt, taken over */
-        if (!merge_halves(item, &joined, &left_n, err))
+        text.n = 0;
+        for (; item && count < 2 * BLOCK && st == KNE_OK; item = item->next)
         {
-            st = err && err->code == KNE_ERR_NOMEM
-                     ? KNE_ERR_NOMEM
-                     : kne_error(err, KNE_ERR_FORMAT, "merge %u in tokenizer.json is malformed",
-                                 rank + 1);
-            break;
+            size_t before = text.n;
+            bool   good;
+
+            if (cJSON_IsString(item) && strncmp(item->valuestring, "#version", 8) == 0)
+                continue; /* the first line of a merges.txt, taken over */
+            st = merge_halves(item, &text, &half[count].n, &good, err);
+            if (st == KNE_OK && !good)
+                st = kne_error(err, KNE_ERR_FORMAT, "merge %zu in tokenizer.json is malformed",
+                               rank + count / 2 + 1);
+            if (st == KNE_OK)
+                half[count + 1].n = text.n - before - half[count].n;
+            count += 2;
         }
-        left = kne_bpe_find(bpe, joined.s, left_n);
-        right = kne_bpe_find(bpe, joined.s + left_n, joined.n - left_n);
-        /* Most vocabularies list the joined tokens in the order of the merges. */
-        if (++id >= bpe->n_id || bpe->token[id].n != joined.n || bpe->token[id].at == 0 ||
-            memcmp(bpe->pool + bpe->token[id].at, joined.s, joined.n) != 0)
-            id = kne_bpe_find(bpe, joined.s, joined.n);
-        if (left < 0 || right < 0 || id < 0)
-        {
-            st = kne_error(err, KNE_ERR_FORMAT,
-                           "merge %u in tokenizer.json names a token that the vocabulary lacks",
-                           rank + 1);
-            kne_error_detail(err, "It would make \"%.*s\".",
-                             kne_u8_prefix(joined.s, joined.n, 200), joined.s);
+        if (st != KNE_OK)
             break;
-        }
-        put_merge(bpe, left, right, rank++, id);
+        s = text.s; /* only now: it may have moved */
+        for (size_t i = 0; i < count; s += half[i++].n)
+            half[i].s = s;
+        st = put_merges(bpe, half, count, &rank, &id, err);
     }
-    kne_tokbuf_free(&joined);
+    kne_tokbuf_free(&text);
     return st;
 }
 

@@ -129,6 +129,12 @@ kne_u8_valid(const char *s, size_t n)
             i += run ? run : 1;
             continue;
         }
+        if (n - i >= 2 && (unsigned char) s[i] >= 0xC2 && (unsigned char) s[i] < 0xE0 &&
+            (signed char) s[i + 1] < -64) /* two bytes: what byte-level vocabularies are full of */
+        {
+            i += 2;
+            continue;
+        }
         len = char_form((const unsigned char *) s + i, n - i);
         if (len < 0)
             return false;

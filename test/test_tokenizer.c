@@ -8,12 +8,21 @@
  *
  * A record is its length in decimal, a newline, that many bytes, a newline.
  */
-#include <inttypes.h>
+#include <cjson/cJSON.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kne_test.h"
 #include "kne_tokenizer.h"
+
+static const char *
+source_dir(void) /* where test/ is */
+{
+    const char *dir = getenv("KNE_SOURCE");
+
+    return dir ? dir : ".";
+}
 
 static const char *
 shared_dir(void)
@@ -137,6 +146,544 @@ done:
     kne_tokenizer_free(t);
     free(in);
     free(out);
+}
+
+/* ---- small cases, each one component ---- */
+
+static int
+same_array(const kne_ids *ids, const cJSON *want)
+{
+    int32_t n = 0;
+    cJSON  *item;
+
+    cJSON_ArrayForEach(item, want)
+    {
+        if (n >= ids->n || ids->id[n] != item->valueint)
+            return 0;
+        n++;
+    }
+    return n == ids->n;
+}
+
+/* want: [text, ids, ids without special tokens, decoded, decoded without them] */
+static int
+case_text(const kne_tokenizer *t, const char *name, const cJSON *want)
+{
+    const char *text = cJSON_GetArrayItem(want, 0)->valuestring;
+    kne_err     err = { 0 };
+    int         good = 1;
+
+    for (int special = 1; special >= 0; special--)
+    {
+        kne_ids ids = { 0 };
+
+        if (kne_tokenizer_encode(t, text, strlen(text), special, &ids, &err) != KNE_OK ||
+            !same_array(&ids, cJSON_GetArrayItem(want, special ? 1 : 2)))
+        {
+            char *line = cJSON_PrintUnformatted(want);
+
+            good = 0;
+            printf("# %s: special %d, got (%s), of %s\n", name, special, err.msg, line);
+            show(&ids);
+            free(line);
+        }
+        for (int skip_special = 0; special && skip_special < 2; skip_special++)
+        {
+            const char *back = cJSON_GetArrayItem(want, 3 + skip_special)->valuestring;
+            char       *got;
+            size_t      n;
+
+            if (kne_tokenizer_decode(t, ids.id, ids.n, skip_special, &got, &n, &err) != KNE_OK ||
+                n != strlen(back) || memcmp(got, back, n) != 0)
+            {
+                good = 0;
+                printf("# %s: decoded (%s) %s, not %s\n", name, err.msg, got ? got : "", back);
+            }
+            free(got);
+        }
+        kne_ids_free(&ids);
+    }
+    return good;
+}
+
+static void
+test_cases(void)
+{
+    char   path[1024];
+    size_t n;
+    char  *json;
+    cJSON *root, *item, *part, *text;
+
+    snprintf(path, sizeof path, "%s/test/tokenizer/cases.json", source_dir());
+    json = slurp(path, &n);
+    root = json ? cJSON_Parse(json) : NULL;
+    check(root != NULL, "cases.json is there");
+    cJSON_ArrayForEach(item, cJSON_GetObjectItem(root, "cases"))
+    {
+        const char    *name = cJSON_GetObjectItem(item, "name")->valuestring;
+        const char    *model = cJSON_GetObjectItem(item, "model")->valuestring;
+        cJSON         *whole = cJSON_CreateObject();
+        kne_tokenizer *t = NULL;
+        kne_err        err = { 0 };
+        char          *made;
+        int            good;
+
+        cJSON_AddStringToObject(whole, "version", "1.0");
+        cJSON_AddItemReferenceToObject(
+            whole, "model",
+            cJSON_GetObjectItemCaseSensitive(cJSON_GetObjectItem(root, "models"), model));
+        cJSON_ArrayForEach(part, cJSON_GetObjectItem(item, "parts"))
+            cJSON_AddItemReferenceToObject(whole, part->string, part);
+        made = cJSON_PrintUnformatted(whole);
+        good = made && kne_tokenizer_parse(made, strlen(made), &t, &err) == KNE_OK;
+        if (!good)
+            printf("# %s\n", err.msg);
+        if (good)
+            cJSON_ArrayForEach(text, cJSON_GetObjectItem(item, "texts"))
+                good &= case_text(t, name, text);
+        check(good, "case %s", name);
+        kne_tokenizer_free(t);
+        free(made);
+        cJSON_Delete(whole);
+    }
+    cJSON_Delete(root);
+    free(json);
+}
+
+/* ---- files that are wrong ---- */
+
+#define MODEL(vocab, merges) \
+    "{\"model\":{\"type\":\"BPE\",\"vocab\":" vocab ",\"merges\":" merges "}}"
+#define WITH(part) \
+    "{" part ",\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2}," \
+    "\"merges\":[\"a b\"]}}"
+#define OPTION(option) \
+    "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1},\"merges\":[]," option "}}"
+#define PRE(part)  WITH("\"pre_tokenizer\":{" part "}")
+#define NORM(part) WITH("\"normalizer\":{" part "}")
+#define DEC(part)  WITH("\"decoder\":{" part "}")
+#define POST(part) WITH("\"post_processor\":{" part "}")
+#define SPLIT(re) \
+    PRE("\"type\":\"Split\",\"behavior\":\"Isolated\",\"pattern\":{\"Regex\":\"" re "\"}")
+
+static const struct
+{
+    const char *name, *json;
+    kne_status  want;
+    const char *says; /* part of the message */
+} broken[] = {
+    { "good", WITH("\"added_tokens\":[]"), KNE_OK, "" },
+    { "empty", "", KNE_ERR_FORMAT, "UTF-8" },
+    { "not JSON", "{\"model\":", KNE_ERR_FORMAT, "byte" },
+    { "cut off", "{\"model\":{\"vocab\":{\"a", KNE_ERR_FORMAT, "byte" },
+    { "something behind", MODEL("{}", "[]") "x", KNE_ERR_FORMAT, "byte" },
+    { "an array", "[]", KNE_ERR_FORMAT, "object" },
+    { "not UTF-8", "{\"model\":\"\xC3(\"}", KNE_ERR_FORMAT, "UTF-8" },
+    { "surrogate alone", WITH("\"x\":\"\\ud800\""), KNE_ERR_FORMAT, "byte" },
+    { "no model", "{}", KNE_ERR_FORMAT, "model" },
+    { "model null", "{\"model\":null}", KNE_ERR_FORMAT, "model" },
+    { "Unigram", "{\"model\":{\"type\":\"Unigram\"}}", KNE_ERR_UNSUPPORTED, "\"Unigram\"" },
+    { "old model", "{\"model\":{\"vocab\":{},\"merges\":[]}}", KNE_OK, "" },
+    { "version", WITH("\"version\":\"2.0\""), KNE_ERR_UNSUPPORTED, "version" },
+    { "no vocab", "{\"model\":{\"type\":\"BPE\",\"merges\":[]}}", KNE_ERR_FORMAT, "vocab" },
+    { "vocab array", MODEL("[\"a\"]", "[]"), KNE_ERR_FORMAT, "vocab" },
+    { "merges object", MODEL("{}", "{}"), KNE_ERR_FORMAT, "merges" },
+    { "negative id", MODEL("{\"a\":-1}", "[]"), KNE_ERR_FORMAT, "\"a\"" },
+    { "huge id", MODEL("{\"a\":16777216}", "[]"), KNE_ERR_FORMAT, "\"a\"" },
+    { "fractional id", MODEL("{\"a\":1.5}", "[]"), KNE_ERR_FORMAT, "\"a\"" },
+    { "enormous id", MODEL("{\"a\":1e999}", "[]"), KNE_ERR_FORMAT, "\"a\"" },
+    { "id a text", MODEL("{\"a\":\"1\"}", "[]"), KNE_ERR_FORMAT, "\"a\"" },
+    { "key not a text", MODEL("{1:1}", "[]"), KNE_ERR_FORMAT, "byte" },
+    { "id twice", MODEL("{\"a\":1,\"b\":1}", "[]"), KNE_ERR_FORMAT, "id 1" },
+    { "token twice", MODEL("{\"a\":1,\"a\":2}", "[]"), KNE_ERR_FORMAT, "twice" },
+    { "sparse ids", MODEL("{\"a\":7,\"b\":9000}", "[]"), KNE_OK, "" },
+    { "merge without a space", MODEL("{\"a\":1}", "[\"a\"]"), KNE_ERR_FORMAT, "merge 1" },
+    { "merge of three", MODEL("{\"a\":1}", "[\"a a a\"]"), KNE_ERR_FORMAT, "merge 1" },
+    { "merge of one", MODEL("{\"a\":1}", "[[\"a\"]]"), KNE_ERR_FORMAT, "merge 1" },
+    { "merge of numbers", MODEL("{\"a\":1}", "[[1,2]]"), KNE_ERR_FORMAT, "merge 1" },
+    { "merge a number", MODEL("{\"a\":1}", "[3]"), KNE_ERR_FORMAT, "merge 1" },
+    { "merge unknown left", MODEL("{\"a\":1}", "[\"b a\"]"), KNE_ERR_FORMAT, "lacks" },
+    { "merge unknown right", MODEL("{\"a\":1,\"aa\":2}", "[\"a a\",\"aa b\"]"), KNE_ERR_FORMAT,
+      "merge 2" },
+    { "merge unknown result", MODEL("{\"a\":1}", "[\"a a\"]"), KNE_ERR_FORMAT, "lacks" },
+    { "merges version", MODEL("{\"a\":1,\"aa\":0}", "[\"#version: 0.2\",\"a a\"]"), KNE_OK, "" },
+    { "dropout", OPTION("\"dropout\":0.1"), KNE_ERR_UNSUPPORTED, "dropout" },
+    { "prefix", OPTION("\"continuing_subword_prefix\":\"##\""), KNE_ERR_UNSUPPORTED, "prefix" },
+    { "suffix", OPTION("\"end_of_word_suffix\":\"</w>\""), KNE_ERR_UNSUPPORTED, "suffix" },
+    { "flag a number", OPTION("\"fuse_unk\":1"), KNE_ERR_FORMAT, "fuse_unk" },
+    { "added not an array", WITH("\"added_tokens\":{}"), KNE_ERR_FORMAT, "added_tokens" },
+    { "added not an object", WITH("\"added_tokens\":[1]"), KNE_ERR_FORMAT, "added" },
+    { "added without id", WITH("\"added_tokens\":[{\"content\":\"x\"}]"), KNE_ERR_FORMAT, "id" },
+    { "added without text", WITH("\"added_tokens\":[{\"id\":3}]"), KNE_ERR_FORMAT, "content" },
+    { "added negative", WITH("\"added_tokens\":[{\"id\":-3,\"content\":\"x\"}]"), KNE_ERR_FORMAT,
+      "id" },
+    { "added takes an id", WITH("\"added_tokens\":[{\"id\":1,\"content\":\"x\"}]"),
+      KNE_ERR_FORMAT, "id 1" },
+    { "added contradicts", WITH("\"added_tokens\":[{\"id\":5,\"content\":\"a\"}]"), KNE_ERR_FORMAT,
+      "id 5" },
+    { "added twice",
+      WITH("\"added_tokens\":[{\"id\":3,\"content\":\"x\"},{\"id\":4,\"content\":\"x\"}]"),
+      KNE_ERR_FORMAT, "same text" },
+    { "added id twice",
+      WITH("\"added_tokens\":[{\"id\":1,\"content\":\"b\"},{\"id\":1,\"content\":\"b\"}]"),
+      KNE_ERR_FORMAT, "id 1" },
+    { "added empty", WITH("\"added_tokens\":[{\"id\":1,\"content\":\"\"}]"), KNE_OK, "" },
+    { "added normalised away",
+      WITH("\"normalizer\":{\"type\":\"Strip\"},\"added_tokens\":[{\"id\":3,\"content\":\" \"}]"),
+      KNE_ERR_FORMAT, "nothing is left" },
+    { "normalizer", NORM("\"type\":\"Precompiled\""), KNE_ERR_UNSUPPORTED, "\"Precompiled\"" },
+    { "normalizer without type", NORM(""), KNE_ERR_FORMAT, "type" },
+    { "normalizer a text", WITH("\"normalizer\":\"NFC\""), KNE_ERR_FORMAT, "type" },
+    { "normalizers", NORM("\"type\":\"Sequence\",\"normalizers\":{}"), KNE_ERR_FORMAT, "Sequence" },
+    { "Replace", NORM("\"type\":\"Replace\",\"content\":\"\""), KNE_ERR_FORMAT, "pattern" },
+    { "Replace nothing",
+      NORM("\"type\":\"Replace\",\"content\":\"x\",\"pattern\":{\"String\":\"\"}"),
+      KNE_ERR_UNSUPPORTED, "empty" },
+    { "pre-tokenizer", PRE("\"type\":\"UnicodeScripts\""), KNE_ERR_UNSUPPORTED, "UnicodeScripts" },
+    { "Split without behavior", PRE("\"type\":\"Split\",\"pattern\":{\"String\":\"a\"}"),
+      KNE_ERR_FORMAT, "behavior" },
+    { "regex", SPLIT("a("), KNE_ERR_UNSUPPORTED, "regular" },
+    { "regex )", SPLIT(")"), KNE_ERR_UNSUPPORTED, "parenthesis" },
+    { "regex &&", SPLIT("[a&&b]"), KNE_ERR_UNSUPPORTED, "intersection" },
+    { "regex class", SPLIT("[a[b]]"), KNE_ERR_UNSUPPORTED, "class" },
+    { "regex (?m)", SPLIT("(?m:a.b)"), KNE_ERR_UNSUPPORTED, "option" },
+    { "regex verb", SPLIT("(*UTF)a"), KNE_ERR_UNSUPPORTED, "(*" },
+    { "regex \\h", SPLIT("\\\\h"), KNE_ERR_UNSUPPORTED, "escape" },
+    { "regex property", SPLIT("\\\\p{Nonsense}"), KNE_ERR_UNSUPPORTED, "compile" },
+    { "regex end", SPLIT("a\\\\"), KNE_ERR_UNSUPPORTED, "backslash" },
+    { "regex recursion", SPLIT("(?R)"), KNE_ERR_UNSUPPORTED, "group" },
+    { "Metaspace", PRE("\"type\":\"Metaspace\",\"replacement\":\"ab\""), KNE_ERR_FORMAT,
+      "one character" },
+    { "Metaspace scheme",
+      PRE("\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"x\""), KNE_ERR_FORMAT,
+      "scheme" },
+    { "Metaspace contradiction",
+      PRE("\"type\":\"Metaspace\",\"replacement\":\"_\",\"prepend_scheme\":\"first\","
+          "\"add_prefix_space\":false"),
+      KNE_ERR_FORMAT, "contradicts" },
+    { "decoder", DEC("\"type\":\"WordPiece\""), KNE_ERR_UNSUPPORTED, "\"WordPiece\"" },
+    { "decoder Strip", DEC("\"type\":\"Strip\",\"content\":\"a\",\"start\":-1,\"stop\":0"),
+      KNE_ERR_FORMAT, "start" },
+    { "Roberta", POST("\"type\":\"RobertaProcessing\""), KNE_ERR_UNSUPPORTED, "RobertaProcessing" },
+    { "Bert", POST("\"type\":\"BertProcessing\""), KNE_ERR_UNSUPPORTED, "BertProcessing" },
+    { "template", POST("\"type\":\"TemplateProcessing\""), KNE_ERR_FORMAT, "malformed" },
+    { "template B",
+      POST("\"type\":\"TemplateProcessing\",\"single\":[{\"Sequence\":{\"id\":\"B\"}}]"),
+      KNE_ERR_FORMAT, "malformed" },
+    { "template token",
+      POST("\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}}],"
+           "\"special_tokens\":{}"),
+      KNE_ERR_FORMAT, "\"s\"" },
+    { "template id",
+      POST("\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}}],"
+           "\"special_tokens\":{\"s\":{\"ids\":[3]}}"),
+      KNE_ERR_FORMAT, "outside" },
+};
+
+static void
+test_broken(void)
+{
+    kne_tokenizer *t;
+    kne_err        err;
+    char          *deep;
+
+    for (size_t i = 0; i < sizeof broken / sizeof *broken; i++)
+    {
+        kne_status st;
+
+        err = (kne_err) { 0 };
+        st = kne_tokenizer_parse(broken[i].json, strlen(broken[i].json), &t, &err);
+        check(st == broken[i].want && strstr(err.msg, broken[i].says) && (st == KNE_OK) == !!t,
+              "file: %s: %s", broken[i].name, err.msg);
+        kne_tokenizer_free(t);
+    }
+    /* Sequences in Sequences, below cJSON's limit and far above it; the file's every beginning. */
+    for (int depth = 40; depth <= 400000; depth *= 100)
+    {
+        size_t n = 0;
+
+        deep = malloc((size_t) depth * 64 + 256);
+        n += (size_t) sprintf(deep + n, "{\"normalizer\":");
+        for (int i = 0; i < depth; i++)
+            n += (size_t) sprintf(deep + n, "{\"type\":\"Sequence\",\"normalizers\":[");
+        for (int i = 0; i < depth; i++)
+            n += (size_t) sprintf(deep + n, "]}");
+        n += (size_t) sprintf(deep + n, ",\"model\":{\"vocab\":{},\"merges\":[]}}");
+        check(kne_tokenizer_parse(deep, n, &t, &err) == KNE_ERR_FORMAT, "file: %d Sequences deep: %s",
+              depth, err.msg);
+        free(deep);
+    }
+    {
+        static const char whole[] =
+            WITH("\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"a\"},"
+                 "\"content\":\"b\"},\"added_tokens\":[{\"id\":3,\"content\":\"x\"}]");
+        int accepted = 0;
+
+        for (size_t n = 0; n < sizeof whole - 1; n++)
+        {
+            accepted += kne_tokenizer_parse(whole, n, &t, &err) == KNE_OK;
+            kne_tokenizer_free(t);
+        }
+        check(accepted == 0, "file: no beginning of a file is a file");
+    }
+    check(kne_tokenizer_open("/nonexistent/tokenizer.json", &t, &err) == KNE_ERR_IO && !t,
+          "file: missing: %s", err.msg);
+    check(kne_tokenizer_open("/tmp", &t, &err) == KNE_ERR_IO && !t, "file: a folder: %s", err.msg);
+}
+
+/* ---- texts and ids that are wrong or odd ---- */
+
+static void
+test_edges(void)
+{
+    static const char json[] =
+        "{\"added_tokens\":[{\"id\":6,\"content\":\"<s>\",\"special\":true}],\"model\":{\"vocab\":{"
+        "\"a\":0,\"\\u0000\":1,\"a\\u0000\":2,\"\\\\u0000\":3,\"\xEF\xB7\x90\":4},"
+        "\"merges\":[\"a \\u0000\"]}}";
+    static const char *const invalid[] = { "\x80", "a\xC3", "\xE2\x82", "\xED\xA0\x80", "\xC0\x80",
+                                           "\xF4\x90\x80\x80", "\xF8\x88\x80\x80\x80",
+                                           "01234567\xFF" };
+    kne_tokenizer *t = NULL;
+    kne_err        err = { 0 };
+    kne_ids        ids = { 0 };
+    char          *text;
+    size_t         n;
+    int            wrong = 0;
+
+    if (!check(kne_tokenizer_parse(json, sizeof json - 1, &t, &err) == KNE_OK, "NUL in tokens %s",
+               err.msg))
+        return;
+    check(kne_tokenizer_encode(t, "\0a\0\xEF\xB7\x90", 6, true, &ids, &err) == KNE_OK && ids.n == 3 &&
+              ids.id[0] == 1 && ids.id[1] == 2 && ids.id[2] == 4,
+          "NUL in text");
+    check(kne_tokenizer_decode(t, ids.id, 3, false, &text, &n, &err) == KNE_OK && n == 8 &&
+              memcmp(text, "\0 a\0 \xEF\xB7\x90", 9) == 0,
+          "NUL decoded");
+    free(text);
+    check(kne_tokenizer_vocab_size(t) == 7 && kne_tokenizer_token_id(t, "<s>") == 6 &&
+              kne_tokenizer_token_id(t, "\\u0000") == 3 && kne_tokenizer_token_id(t, "b") == -1 &&
+              strcmp(kne_tokenizer_token(t, 6), "<s>") == 0 && !kne_tokenizer_token(t, 5) &&
+              !kne_tokenizer_token(t, 7) && !kne_tokenizer_token(t, -1),
+          "tokens by id and by text");
+    check(kne_tokenizer_is_special(t, 6) && !kne_tokenizer_is_special(t, 0) &&
+              !kne_tokenizer_is_special(t, 5) && !kne_tokenizer_is_special(t, -1) &&
+              !kne_tokenizer_is_special(t, 1 << 30),
+          "special tokens");
+    for (size_t i = 0; i < sizeof invalid / sizeof *invalid; i++)
+        wrong += kne_tokenizer_encode(t, invalid[i], strlen(invalid[i]), true, &ids, &err) !=
+                     KNE_ERR_INVALID || ids.n != 3;
+    check(wrong == 0, "invalid UTF-8 is refused, ids stay: %s", err.msg);
+    for (int32_t i = -1; i < 9; i++)
+        wrong += (kne_tokenizer_decode(t, &i, 1, false, &text, &n, &err) ==
+                  (i < 0 || i == 5 || i > 6 ? KNE_ERR_INVALID : KNE_OK)) == 0 ||
+                 (free(text), 0);
+    check(wrong == 0, "ids outside the vocabulary are refused: %s", err.msg);
+    check(kne_tokenizer_decode(t, NULL, 0, false, &text, &n, &err) == KNE_OK && n == 0 && !*text,
+          "no ids, no text");
+    free(text);
+    kne_ids_free(&ids);
+    kne_tokenizer_free(t);
+}
+
+/* Bytes that are not UTF-8, made from byte tokens: as String::from_utf8_lossy has it. */
+static void
+test_lossy(void)
+{
+    static const struct
+    {
+        const char *bytes, *want;
+    } lossy[] = {
+        { "a\x80z", "a\xEF\xBF\xBDz" },
+        { "\xE2\x82", "\xEF\xBF\xBD" },
+        { "\xE2\x82 ", "\xEF\xBF\xBD " },
+        { "\xF0\x9F\x98\xF0\x9F\x98\x80", "\xEF\xBF\xBD\xF0\x9F\x98\x80" },
+        { "\xED\xA0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD" },
+        { "\xC0\xAF\xFF", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD" },
+        { "\xE0\x80\xF5", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD" },
+    };
+    char           json[16384];
+    size_t         n = 0;
+    kne_tokenizer *t = NULL;
+    kne_err        err;
+    int            wrong = 0;
+
+    /* ids 0 to 255 are the bytes, in the byte-level alphabet */
+    n += (size_t) sprintf(json, "{\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"vocab\":{");
+    for (unsigned b = 0, other = 0x100; b < 256; b++)
+    {
+        int shown = (b > 32 && b < 127) || (b > 160 && b != 173);
+
+        n += (size_t) sprintf(json + n, "%s\"\\u%04x\":%u", b ? "," : "", shown ? b : other++, b);
+    }
+    n += (size_t) sprintf(json + n, "},\"merges\":[]}}");
+    if (!check(kne_tokenizer_parse(json, n, &t, &err) == KNE_OK, "byte-level alphabet"))
+        return;
+    for (size_t i = 0; i < sizeof lossy / sizeof *lossy; i++)
+    {
+        int32_t id[16], count = 0;
+        char   *text;
+
+        for (const char *p = lossy[i].bytes; *p; p++)
+            id[count++] = (unsigned char) *p;
+        wrong += kne_tokenizer_decode(t, id, count, false, &text, &n, &err) != KNE_OK ||
+                 n != strlen(lossy[i].want) || memcmp(text, lossy[i].want, n) != 0;
+        free(text);
+    }
+    check(wrong == 0, "bytes that are not UTF-8 become U+FFFD");
+    kne_tokenizer_free(t);
+}
+
+/* ---- long texts, and several threads ---- */
+
+static char *
+repeat(const char *s, size_t n)
+{
+    size_t len = strlen(s);
+    char  *text = malloc(n + 1);
+
+    for (size_t i = 0; text && i < n; i++)
+        text[i] = s[i % len];
+    return text;
+}
+
+static void
+test_long(const char *name)
+{
+    static const char *const units[] = { "a", " ", "ab", "-=", "\n", "\xE6\x97\xA5", "q\xCC\x87",
+                                         "a1 ", "\xE2\x96\x81", "<|", "zxqj" };
+    const size_t   n = 600000; /* a multiple of every unit's length */
+    char           path[1024];
+    kne_tokenizer *t = NULL;
+    kne_err        err = { 0 };
+    double         from = kne_now();
+    int            wrong = 0;
+
+    snprintf(path, sizeof path, "%s/tokenizers/%s/tokenizer.json", shared_dir(), name);
+    if (kne_tokenizer_open(path, &t, &err) == KNE_ERR_IO)
+    {
+        skip("long words", "no such tokenizer in the shared folder");
+        return;
+    }
+    for (size_t i = 0; t && i < sizeof units / sizeof *units; i++)
+    {
+        char   *text = repeat(units[i], n), *back = NULL;
+        size_t  back_n;
+        kne_ids ids = { 0 };
+
+        if (kne_tokenizer_encode(t, text, n, false, &ids, &err) != KNE_OK ||
+            kne_tokenizer_decode(t, ids.id, ids.n, false, &back, &back_n, &err) != KNE_OK)
+            wrong++;
+        else if (strcmp(name, "qwen") != 0 && strcmp(units[i], "\xE2\x96\x81") != 0)
+            wrong += back_n != n || memcmp(back, text, n) != 0;
+        free(text);
+        free(back);
+        kne_ids_free(&ids);
+    }
+    check(t && wrong == 0 && kne_now() - from < 60, "%s: long texts without a break", name);
+    printf("# %.2f s\n", kne_now() - from);
+    kne_tokenizer_free(t);
+}
+
+typedef struct job
+{
+    const kne_tokenizer *t;
+    const char          *text;
+    kne_ids              ids;
+    kne_status           st;
+} job;
+
+static void *
+run_job(void *arg)
+{
+    job *j = arg;
+
+    for (int i = 0; i < 20 && j->st == KNE_OK; i++)
+    {
+        j->ids.n = 0;
+        j->st = kne_tokenizer_encode(j->t, j->text, strlen(j->text), true, &j->ids, NULL);
+    }
+    return NULL;
+}
+
+static void
+test_threads(void)
+{
+    static const char json[] =
+        PRE("\"type\":\"Split\",\"behavior\":\"Isolated\",\"pattern\":{\"Regex\":\"(?:a|b)+?b\"}");
+    kne_tokenizer *t = NULL;
+    kne_err        err;
+    char          *text = repeat("aab", 3000);
+    job            jobs[4] = { 0 };
+    pthread_t      threads[4];
+    int            wrong = 0;
+
+    if (!check(kne_tokenizer_parse(json, sizeof json - 1, &t, &err) == KNE_OK, "threads: loads"))
+        return;
+    for (int i = 0; i < 4; i++)
+    {
+        jobs[i] = (job) { .t = t, .text = text };
+        wrong += pthread_create(&threads[i], NULL, run_job, &jobs[i]) != 0;
+    }
+    for (int i = 0; i < 4; i++)
+        wrong += pthread_join(threads[i], NULL) != 0;
+    for (int i = 0; i < 4; i++)
+    {
+        wrong += jobs[i].st != KNE_OK || jobs[i].ids.n != 2000;
+        kne_ids_free(&jobs[i].ids);
+    }
+    check(wrong == 0, "four threads use one tokenizer");
+    free(text);
+    kne_tokenizer_free(t);
+}
+
+/* A pattern that needs exponential time gives up with a status. */
+static void
+test_greedy(void)
+{
+    static const char json[] = SPLIT("(?:a|aa)+x");
+    kne_tokenizer *t = NULL;
+    kne_err        err = { 0 };
+    kne_ids        ids = { 0 };
+    char          *text = repeat("a", 400);
+
+    memcpy(text + 398, "bx", 2);
+    check(kne_tokenizer_parse(json, sizeof json - 1, &t, &err) == KNE_OK &&
+              kne_tokenizer_encode(t, text, 400, true, &ids, &err) == KNE_ERR_LIMIT,
+          "a pattern without end: %s", err.msg);
+    kne_ids_free(&ids);
+    kne_tokenizer_free(t);
+    free(text);
+}
+
+static void
+test_stories(void)
+{
+    static const char text[] = "Once upon a time, there was a little girl named Lily.\n\xC3\xA9\xE2\x82\xAC ";
+    char              path[1024];
+    kne_tokenizer    *t = NULL;
+    kne_err           err = { 0 };
+    kne_ids           ids = { 0 };
+    char             *back = NULL;
+    size_t            n = 0;
+
+    snprintf(path, sizeof path, "%s/models/stories260K-fp32/tokenizer.json", shared_dir());
+    if (kne_tokenizer_open(path, &t, &err) == KNE_ERR_IO)
+    {
+        skip("stories260K", "no such model in the shared folder");
+        return;
+    }
+    check(t && kne_tokenizer_encode(t, text, strlen(text), true, &ids, &err) == KNE_OK &&
+              same_ids(&ids, "1 403 407 261 378 432 383 286 261 376 298 315 421 395 317 426 13 485 "
+                             "503 410\n"),
+          "stories260K: ids %s", err.msg);
+    check(t && kne_tokenizer_decode(t, ids.id, ids.n, true, &back, &n, &err) == KNE_OK &&
+              n == strlen(text) && memcmp(back, text, n) == 0,
+          "stories260K: and back");
+    check(t && kne_tokenizer_vocab_size(t) == 512 && kne_tokenizer_is_special(t, 1),
+          "stories260K: vocabulary");
+    free(back);
+    kne_ids_free(&ids);
+    kne_tokenizer_free(t);
 }
 
 /* ---- command line ---- */
@@ -275,6 +822,16 @@ main(int argc, char **argv)
         return decode_records(argv[2]);
     if (argc == 4 && strcmp(argv[1], "--bench") == 0)
         return bench(argv[2], argv[3]);
+    test_cases();
+    test_broken();
+    test_edges();
+    test_lossy();
+    test_threads();
+    test_greedy();
+    test_stories();
+    test_long("gpt2");
+    test_long("llama2");
+    test_long("qwen");
     test_vectors("gpt2");
     test_vectors("llama2");
     test_vectors("llama3");
