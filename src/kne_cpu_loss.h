@@ -33,15 +33,22 @@ row_max(const kne_real *x, int64_t n, int32_t *best)
     return max;
 }
 
-INLINE double
-row_lse(const kne_real *x, int64_t n, kne_real max)
+/* log softmax(x)[i] = (x[i] - max) - log(sum): kept apart, since max + log(sum) would round. */
+typedef struct row_sum
 {
-    double sum;
+    kne_real max; /* 0 where all are -infinity */
+    double   sum; /* of exp(x - max) */
+} row_sum;
 
-    if (max == -INFINITY)
-        max = 0;
-    BLOCK_SUM(sum, n, vr_exp(LOAD(x + i, -INFINITY) - max));
-    return (double) max + log(sum);
+INLINE row_sum
+row_exp_sum(const kne_real *x, int64_t n, int32_t *best)
+{
+    row_sum s = {.max = row_max(x, n, best)};
+
+    if (s.max == -INFINITY)
+        s.max = 0;
+    BLOCK_SUM(s.sum, n, vr_exp(LOAD(x + i, -INFINITY) - s.max));
+    return s;
 }
 
 /* vr_exp of the filled lanes of a partial load is 0, so they add nothing. */
@@ -55,18 +62,17 @@ logprob_rows(const logprob_args *a, int64_t r0, int64_t r1, char *scratch)
     for (int64_t r = r0; r < r1; r++)
     {
         const kne_real *x = a->logits + r * a->v;
-        kne_real        max = row_max(x, a->v, a->best ? &a->best[r] : NULL);
-        double          lse = row_lse(x, a->v, max);
+        row_sum         s = row_exp_sum(x, a->v, a->best ? &a->best[r] : NULL);
 
         if (a->logp)
-            a->logp[r] = (kne_real) ((double) x[a->target[r]] - lse);
+            a->logp[r] = (kne_real) ((double) x[a->target[r]] - (double) s.max - log(s.sum));
         if (a->dlogits)
         {
             kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
-            kne_real  l = (kne_real) lse;
+            kne_real  scale = (kne_real) (-(double) c / s.sum);
 
             FOR_VECTORS(i, a->v)
-                STORE(g + i, vr_exp(LOAD(x + i, 0) - l) * -c);
+                STORE(g + i, vr_exp(LOAD(x + i, 0) - s.max) * scale);
             g[a->target[r]] += c;
         }
     }
@@ -90,7 +96,8 @@ kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
     for (int64_t r = r0; r < r1; r++)
     {
         const kne_real *x = a->logits + r * a->v, *ref = a->ref + r * a->v;
-        kne_real        l = (kne_real) row_lse(x, a->v, row_max(x, a->v, NULL));
+        row_sum         s = row_exp_sum(x, a->v, NULL);
+        kne_real        log_sum = (kne_real) log(s.sum), scale = (kne_real) (1 / s.sum);
         double          sum = 0;
 
         for (int64_t b = 0; b < a->v; b += SUM_BLOCK)
@@ -101,7 +108,7 @@ kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
             FOR_VECTORS(i, e)
             {
                 vr q = LOAD(ref + b + i, -INFINITY), p = vr_exp(q);
-                vr term = p * (q - (LOAD(x + b + i, 0) - l));
+                vr term = p * (q - (LOAD(x + b + i, 0) - s.max - log_sum));
 
                 acc += vr_select(p > zero, term, zero); /* 0 log 0 = 0 */
             }
@@ -114,7 +121,7 @@ kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
             kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
 
             FOR_VECTORS(i, a->v)
-                STORE(g + i, (vr_exp(LOAD(x + i, 0) - l) - vr_exp(LOAD(ref + i, 0))) * c);
+                STORE(g + i, (vr_exp(LOAD(x + i, 0) - s.max) * scale - vr_exp(LOAD(ref + i, 0))) * c);
         }
     }
 }
@@ -136,10 +143,11 @@ log_softmax_rows(const log_softmax_args *a, int64_t r0, int64_t r1, char *scratc
     {
         const kne_real *x = a->logits + r * a->v;
         kne_real       *y = a->logp + r * a->v;
-        kne_real        l = (kne_real) row_lse(x, a->v, row_max(x, a->v, NULL));
+        row_sum         s = row_exp_sum(x, a->v, NULL);
+        kne_real        log_sum = (kne_real) log(s.sum);
 
         FOR_VECTORS(i, a->v)
-            STORE(y + i, LOAD(x + i, 0) - l);
+            STORE(y + i, LOAD(x + i, 0) - s.max - log_sum);
     }
 }
 OP_TASK(log_softmax)

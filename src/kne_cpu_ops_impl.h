@@ -17,7 +17,9 @@
 #define kne_real float
 #define KNE_REAL_IS_FLOAT 1
 #endif
-#if defined(__AVX512F__)
+#if !defined(KNE_REAL_IS_FLOAT)
+#define KNE_LANES 2
+#elif defined(__AVX512F__)
 #define KNE_LANES 16
 #elif defined(__AVX2__)
 #define KNE_LANES 8

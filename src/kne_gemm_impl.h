@@ -4,9 +4,9 @@
  *
  * Contract, on which batch and thread invariance rest: an output element is
  *   nt: VL accumulators over k = lane, lane + VL, ... in order, then vf_sum4;
- *   nn: one accumulator over k = 0, 1, 2, ... in order;
- * with fused multiply-add from 0, whatever the tile, the block or the task.
- * Then (+ bias), then beta y + it. Accumulators parked in memory keep their bits.
+ *   nn: one accumulator over each block of NN_K k's in order, the blocks added up in order;
+ * with fused multiply-add from 0, whatever the tile or the task.
+ * Then (+ bias), then beta y + it.
  */
 #include "kne_cpu.h"
 #include "kne_vec.h"
@@ -158,10 +158,10 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 #define NN_W      (NN_V * VL) /* outputs of a tile */
 #define NN_COLS   512         /* outputs of a block: long pieces of W's rows, few pages */
 #define NN_ROWS   60          /* rows of a block */
-#define NN_K      128         /* k of a block */
+#define NN_K      128         /* k of a block: changing it changes bits */
 #define NN_DIRECT 7           /* below so many rows W is read where it is, else by way of a panel */
 
-/* acc[T, NN_W] += x[T, nk] w[nk, NN_W] */
+/* acc[T, NN_W] += x[T, nk] w[nk, NN_W]; first: = */
 KNE_INLINE void
 nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
         int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk)
@@ -173,7 +173,7 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
     for (int t = 0; t < T; t++)
         UNROLL
         for (int i = 0; i < NN_V; i++)
-            c[t * NN_V + i] = first ? vf_zero() : vf_load(acc + t * ldacc + i * VL);
+            c[t * NN_V + i] = vf_zero();
     for (int64_t k = 0; k < nk; k++)
     {
         UNROLL
@@ -193,7 +193,13 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
     for (int t = 0; t < T; t++)
         UNROLL
         for (int i = 0; i < NN_V; i++)
-            vf_store(acc + t * ldacc + i * VL, c[t * NN_V + i]);
+        {
+            vf sum = c[t * NN_V + i];
+
+            if (!first)
+                sum = vf_add(vf_load(acc + t * ldacc + i * VL), sum);
+            vf_store(acc + t * ldacc + i * VL, sum);
+        }
 }
 
 KNE_INLINE void

@@ -24,6 +24,7 @@ typedef __m512 vf;
 KNE_INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
 KNE_INLINE vf vf_set1(float a) { return _mm512_set1_ps(a); }
 KNE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+KNE_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 KNE_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 KNE_INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 KNE_INLINE vf
@@ -80,6 +81,7 @@ typedef __m256 vf;
 KNE_INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
 KNE_INLINE vf vf_set1(float a) { return _mm256_set1_ps(a); }
 KNE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+KNE_INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 KNE_INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 KNE_INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 
@@ -122,6 +124,7 @@ typedef float vf __attribute__((vector_size(16)));
 KNE_INLINE vf vf_zero(void) { return (vf) {0}; }
 KNE_INLINE vf vf_set1(float a) { return (vf) {a, a, a, a}; }
 KNE_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+KNE_INLINE vf vf_add(vf a, vf b) { return a + b; }
 KNE_INLINE vf
 vf_load(const float *p)
 {
