@@ -5,6 +5,7 @@
  *   test_tokenizer --encode tokenizer.json < records   one line of ids each
  *   test_tokenizer --decode tokenizer.json < ids       one record each line
  *   test_tokenizer --bench tokenizer.json text         MB/s
+ *   test_tokenizer --cases DIR                         seeds for fuzz_tokenizer.c
  *
  * A record is its length in decimal, a newline, that many bytes, a newline.
  */
@@ -206,13 +207,15 @@ case_text(const kne_tokenizer *t, const char *name, const cJSON *want)
     return good;
 }
 
+/* seeds: a folder to write the cases to instead, as fuzz_tokenizer.c reads them. */
 static void
-test_cases(void)
+test_cases(const char *seeds)
 {
     char   path[1024];
     size_t n;
     char  *json;
     cJSON *root, *item, *part, *text;
+    int    count = 0;
 
     snprintf(path, sizeof path, "%s/test/tokenizer/cases.json", source_dir());
     json = slurp(path, &n);
@@ -235,6 +238,18 @@ test_cases(void)
         cJSON_ArrayForEach(part, cJSON_GetObjectItem(item, "parts"))
             cJSON_AddItemReferenceToObject(whole, part->string, part);
         made = cJSON_PrintUnformatted(whole);
+        if (seeds)
+        {
+            FILE *f;
+
+            snprintf(path, sizeof path, "%s/%d", seeds, count++);
+            f = fopen(path, "wb");
+            text = cJSON_GetObjectItem(item, "texts")->child;
+            if (f && text)
+                fwrite(made, 1, strlen(made) + 1, f), fputs(text->child->valuestring, f);
+            if (f)
+                fclose(f);
+        }
         good = made && kne_tokenizer_parse(made, strlen(made), &t, &err) == KNE_OK;
         if (!good)
             printf("# %s\n", err.msg);
@@ -543,6 +558,8 @@ repeat(const char *s, size_t n)
 
     for (size_t i = 0; text && i < n; i++)
         text[i] = s[i % len];
+    if (text)
+        text[n] = '\0';
     return text;
 }
 
@@ -822,7 +839,12 @@ main(int argc, char **argv)
         return decode_records(argv[2]);
     if (argc == 4 && strcmp(argv[1], "--bench") == 0)
         return bench(argv[2], argv[3]);
-    test_cases();
+    if (argc == 3 && strcmp(argv[1], "--cases") == 0)
+    {
+        test_cases(argv[2]);
+        return 0;
+    }
+    test_cases(NULL);
     test_broken();
     test_edges();
     test_lossy();
