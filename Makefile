@@ -1,0 +1,66 @@
+# kne - knowledge edits for language models, inside PostgreSQL
+#
+#   make demo      does the main job for real, in a private PostgreSQL under a temporary folder
+#   make test      the same set-up, and every test
+#   make, make install, make installcheck, make uninstall     plain PGXS (PG_CONFIG=...)
+#   make bench     speed and quality, measured
+#
+# demo, test and bench install what is missing (as root; otherwise they say what to install),
+# so they must work before there is a pg_config: they stand apart from PGXS.
+
+PG_CONFIG ?= pg_config
+APART = demo test bench setup engine engine-tests engine-bench clean-engine
+
+ifneq ($(filter $(APART),$(MAKECMDGOALS)),)
+
+include src/engine.mk
+
+demo test bench setup:
+	@test/run.sh $@
+
+clean-engine:
+	rm -rf $(BUILD)
+
+.PHONY: $(APART)
+
+else
+
+EXTENSION  = kne
+EXTVERSION = $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" kne.control)
+MODULE_big = kne
+OBJS       = $(patsubst %.c,%.o,$(wildcard extension/*.c)) src/kne_options.o
+DATA       = $(wildcard extension/kne--*.sql)
+DOCS       = README.md
+REGRESS    = $(patsubst sql/%.sql,%,$(sort $(wildcard sql/*.sql)))
+ISOLATION  = $(patsubst specs/%.spec,%,$(sort $(wildcard specs/*.spec)))
+TAP_TESTS  = 1
+PROVE_FLAGS ?= -v
+PG_CFLAGS  = -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers \
+             -Wno-declaration-after-statement -fvisibility=hidden
+EXTRA_CLEAN = build
+
+all: build/kne-engine
+
+# No bitcode: nothing of kne is worth inlining into a query, and .bc would need clang.
+override with_llvm = no
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+
+build/kne-engine: FORCE
+	$(MAKE) -f src/engine.mk BUILD=build engine
+FORCE:
+.PHONY: FORCE
+
+extension/%.o src/kne_options.o: $(wildcard extension/*.h) src/kne_protocol.h src/kne_wire.h src/kne_options.h src/kne_base.h
+
+install: install-engine
+install-engine: build/kne-engine
+	$(MKDIR_P) '$(DESTDIR)$(pkglibdir)'
+	$(INSTALL_PROGRAM) build/kne-engine '$(DESTDIR)$(pkglibdir)/kne-engine'
+
+uninstall: uninstall-engine
+uninstall-engine:
+	rm -f '$(DESTDIR)$(pkglibdir)/kne-engine'
+.PHONY: install-engine uninstall-engine
+
+endif

@@ -1,0 +1,128 @@
+#!/bin/bash
+# run.sh demo|test|bench|setup - sets up a private PostgreSQL with kne in it and runs what was asked.
+#
+# Everything happens under one temporary folder: a copy of PostgreSQL's bin, lib and share trees (a
+# copied server finds its own share folder), kne installed into the copy, a copy of the clone and of the model, a cluster on
+# a Unix socket there. Nothing is written to system folders but packages, and nothing is left running.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:?demo, test, bench or setup}
+clone=$PWD
+
+packages="gcc make libc6-dev perl postgresql postgresql-server-dev-all libpcre2-dev libutf8proc-dev libcjson-dev libssl-dev libipc-run-perl"
+
+say() { printf '== %s\n' "$*"; }
+
+# The newest PostgreSQL (15 to 18) that is here with its headers; empty when there is none.
+find_pg() {
+    local v
+    for v in ${PG_VERSION:-15 18 17 16}; do
+        if [ -x /usr/lib/postgresql/$v/bin/postgres ] && [ -e /usr/include/postgresql/$v/server/postgres.h ] &&
+           [ -e /usr/lib/postgresql/$v/lib/pgxs/src/makefiles/pgxs.mk ]; then
+            echo $v
+            return
+        fi
+    done
+}
+
+have_all() {
+    [ -n "$(find_pg)" ] && command -v gcc make perl >/dev/null &&
+        perl -MIPC::Run -e 1 2>/dev/null && [ "$(command -v gcc make perl | wc -l)" = 3 ] &&
+        printf '#include <%s>\n' pcre2.h utf8proc.h cjson/cJSON.h openssl/evp.h stdio.h |
+            sed 's/^/#define PCRE2_CODE_UNIT_WIDTH 8\n/' | gcc -fsyntax-only -w -x c - 2>/dev/null
+}
+
+# Debian's postgresql-server-dev-N depends on clang, which kne does not need but apt brings.
+install_missing() {
+    have_all && return
+    local ver list
+    if [ "$(id -u)" != 0 ]; then
+        echo "Something is missing. As root:" >&2
+        echo "  apt-get install -y --no-install-recommends $packages" >&2
+        exit 1
+    fi
+    say "installing what is missing"
+    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1   # RUNLEVEL=1: packages start no service
+    apt-get update -qq
+    ver=$(apt-cache show postgresql 2>/dev/null | sed -n 's/^Version: *\([0-9]*\).*/\1/p' | head -1)
+    list=${packages/postgresql postgresql-server-dev-all/postgresql-$ver postgresql-server-dev-$ver}
+    apt-get install -y -qq --no-install-recommends $list >/dev/null
+    have_all || { echo "packages were installed, but something is still missing" >&2; exit 1; }
+}
+
+install_missing
+pgver=$(find_pg)
+say "PostgreSQL $pgver, $(gcc -dumpfullversion 2>/dev/null | sed 's/^/gcc /')"
+
+if [ "$what" = setup ]; then
+    exit 0
+fi
+
+# ---- the temporary folder, and who works in it ----
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/kne.XXXXXX")
+if [ "$(id -u)" = 0 ]; then
+    as() { (cd "$tmp" && runuser -u postgres -- env HOME="$tmp" "$@"); }
+else
+    as() { (cd "$tmp" && env HOME="$tmp" "$@"); }
+fi
+pg=$tmp/pg/lib/postgresql/$pgver
+export PATH="$pg/bin:$PATH" LC_ALL=C.UTF-8 PGHOST=$tmp/s PGPORT=5499 PGUSER=postgres PGDATABASE=postgres
+export LD_LIBRARY_PATH=$pg/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+unset PGDATA PGSERVICE PGPASSFILE PGOPTIONS || true
+
+cleanup() {
+    local status=$?
+    trap - EXIT INT TERM
+    if [ -e "$tmp/data/postmaster.pid" ]; then
+        as pg_ctl -D "$tmp/data" -m immediate -w stop >/dev/null 2>&1 || true
+    fi
+    if [ -n "${KNE_KEEP:-}" ]; then
+        echo "kept: $tmp"
+    else
+        rm -rf "$tmp"
+    fi
+    exit $status
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+say "building"
+make -s -j"$(nproc)" -f src/engine.mk BUILD=build engine $([ "$what" = demo ] || echo "engine-tests")
+[ "$what" != bench ] || make -s -j"$(nproc)" -f src/engine.mk BUILD=build engine-bench
+
+say "a private PostgreSQL in $tmp"
+mkdir -p "$tmp/pg/lib/postgresql/$pgver" "$tmp/pg/share/postgresql" "$tmp/s"
+cp -r /usr/lib/postgresql/$pgver/bin /usr/lib/postgresql/$pgver/lib "$tmp/pg/lib/postgresql/$pgver/"
+cp -rL /usr/share/postgresql/$pgver "$tmp/pg/share/postgresql/"
+ln -s /usr/include "$tmp/pg/include"
+# the clone, without its history; build/ travels so that nothing is compiled twice
+mkdir "$tmp/src"
+tar -C "$clone" --exclude=.git --exclude=tmp_check --exclude=results -cf - . | tar -C "$tmp/src" -xf -
+mkdir "$tmp/models"
+cp -r models/atlas "$tmp/models/atlas"
+chmod -R u+rwX,go+rX "$tmp/models" "$tmp/src" "$tmp/pg"
+chmod 755 "$tmp"
+if [ "$(id -u)" = 0 ]; then
+    chown -R postgres "$tmp"
+fi
+as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" all install >"$tmp/install.log" 2>&1 ||
+    { cat "$tmp/install.log" >&2; exit 1; }
+
+start_server() {
+    as initdb -D "$tmp/data" -U postgres -A trust -E UTF8 --no-locale --no-sync >/dev/null
+    cat >>"$tmp/data/postgresql.conf" <<CONF
+shared_preload_libraries = 'kne'
+kne.model_dir = '$tmp/models'
+listen_addresses = ''
+unix_socket_directories = '$tmp/s'
+port = 5499
+fsync = off
+max_prepared_transactions = 10
+CONF
+    as pg_ctl -D "$tmp/data" -l "$tmp/server.log" -w start >/dev/null ||
+        { cat "$tmp/server.log" >&2; exit 1; }
+}
+stop_server() { as pg_ctl -D "$tmp/data" -m fast -w stop >/dev/null; }
+
+export KNE_TEST_MODEL=$tmp/models/atlas KNE_TMP=$tmp
+. test/"$what".sh

@@ -1,0 +1,63 @@
+# test.sh - every test, sourced by run.sh; the last line is "N passed, N failed, N skipped".
+
+passed=0 failed=0 skipped=0
+log=$tmp/test.log
+shared=${KNE_SHARED:-$(cd "$clone/.." && pwd)/shared}
+export KNE_SHARED=$shared
+
+# tally NAME STATUS: count TAP lines of $log; a program that died without a failed line counts as one failure
+tally() {
+    local ok not skip
+    skip=$(grep -cE '^ok .*# SKIP' "$log" || true)
+    ok=$(($(grep -cE '^ok ' "$log" || true) - skip))
+    not=$(grep -cE '^not ok ' "$log" || true)
+    if [ "$2" != 0 ] && [ "$not" = 0 ]; then
+        not=1
+    fi
+    if [ "$not" != 0 ]; then
+        grep -vE '^ok ' "$log" | tail -60
+    fi
+    printf '%-28s %4d passed %3d failed %3d skipped\n' "$1" "$ok" "$not" "$skip"
+    passed=$((passed + ok)) failed=$((failed + not)) skipped=$((skipped + skip))
+}
+
+say "engine"
+for t in $(ls "$clone"/test/test_*.c | sort); do
+    name=$(basename "$t" .c)
+    status=0
+    (cd "$clone" && timeout 900 build/$name) >"$log" 2>&1 || status=$?
+    tally "$name" $status
+done
+
+# pg_regress and isolationtester print "test NAME ... ok"; made into TAP
+as_tap() { sed -nE 's/^(test|ok|not ok)? *([0-9]+)?[ -]*([a-z0-9_-]+) +\.\.\. +ok .*/ok \3/p; s/^(test)? *([a-z0-9_-]+) +\.\.\. +FAILED.*/not ok \2/p'; }
+
+say "pg_regress and isolation"
+start_server
+for kind in REGRESS ISOLATION; do
+    other=$([ $kind = REGRESS ] && echo ISOLATION || echo REGRESS)
+    status=0
+    as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" installcheck TAP_TESTS= $other= >"$tmp/$kind.log" 2>&1 || status=$?
+    as_tap <"$tmp/$kind.log" >"$log"
+    if [ $status != 0 ]; then
+        cat "$tmp/src/regression.diffs" "$tmp/src/output_iso/regression.diffs" 2>/dev/null >>"$log" || true
+        [ -s "$log" ] || cat "$tmp/$kind.log" >>"$log"
+    fi
+    tally "$kind" $status
+    rm -f "$tmp/src/regression.diffs" "$tmp/src/output_iso/regression.diffs"
+done
+stop_server
+
+say "TAP"
+status=0
+as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" installcheck REGRESS= ISOLATION= >"$log" 2>&1 || status=$?
+tally "TAP" $status
+
+say "the project itself"
+status=0
+(cd "$clone" && test/check_tree.sh) >"$log" 2>&1 || status=$?
+tally "tree" $status
+
+[ $failed = 0 ] || tail -40 "$tmp/server.log"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
