@@ -14,12 +14,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "kne_arch.h"
 #include "kne_safetensors.h"
 
-#define MAX_CONFIG    ((size_t) 1 << 20)
+#define MAX_CONFIG ((size_t) 1 << 20)
 #define MAX_TOKENIZER ((size_t) 256 << 20)
 
 /* Where the graph looks for a slot's tensor. */
@@ -359,50 +361,82 @@ check_tokenizer(const kne_model *m, kne_err *err)
 
 /* ---- fingerprint ---- */
 
+#define EDGE ((size_t) 64 << 10)
+#define STEP ((size_t) 1 << 20)
+#define SAMPLE ((size_t) 4 << 10)
+
 /* Each item with its length before it, so that no two folders run together to the same bytes. */
 static void
-digest_item(kne_sha256 *h, const void *data, uint64_t len)
+digest_item(void *h, const void *data, size_t len)
 {
     uint8_t le[8];
 
     for (int i = 0; i < 8; i++)
-        le[i] = (uint8_t) (len >> 8 * i);
+        le[i] = (uint8_t) ((uint64_t) len >> 8 * i);
     kne_sha256_add(h, le, sizeof le);
     if (len)
-        kne_sha256_add(h, data, (size_t) len);
+        kne_sha256_add(h, data, len);
+}
+
+/* Start reading a range without waiting for it. Only a hint: failure costs time, nothing else. */
+static void
+want_range(void *page_size, const void *data, size_t len)
+{
+    uintptr_t from = (uintptr_t) data & ~(uintptr_t) (*(size_t *) page_size - 1);
+
+    if (len)
+        madvise((void *) from, (uintptr_t) data + len - from, MADV_WILLNEED);
+}
+
+/* Show use() the parts of a tensor that count for the fingerprint. */
+static void
+each_part(const kne_tensor *t, void (*use)(void *ctx, const void *data, size_t len), void *ctx)
+{
+    const char *p = t->data;
+
+    if (t->bytes <= STEP)
+    {
+        use(ctx, p, t->bytes);
+        return;
+    }
+    use(ctx, p, EDGE);
+    for (size_t at = STEP; at + SAMPLE <= t->bytes - EDGE; at += STEP)
+        use(ctx, p + at, SAMPLE);
+    use(ctx, p + t->bytes - EDGE, EDGE);
 }
 
 static kne_status
 make_fingerprint(kne_model *m, const char *config, size_t config_len, const char *tok,
                  size_t tok_len, kne_err *err)
 {
-    const size_t edge = 64 << 10, step = 1 << 20, sample = 4 << 10;
-    kne_sha256  *h = kne_sha256_new();
-    uint8_t      digest[KNE_DIGEST_LEN];
+    const kne_tensors *ts = m->tensors;
+    kne_sha256        *h = kne_sha256_new();
+    size_t             page_size = (size_t) sysconf(_SC_PAGESIZE);
+    uint8_t            digest[KNE_DIGEST_LEN];
 
     if (!h)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory computing the fingerprint");
+
+    /* Reading ahead around each sample would read the whole file: ask for the samples alone. */
+    for (int32_t i = 0; i < ts->n_files; i++)
+        madvise(ts->file[i].map, ts->file[i].size, MADV_RANDOM);
+    for (int64_t i = 0; i < ts->n; i++)
+        each_part(&ts->tensor[i], want_range, &page_size);
+
     digest_item(h, config, config_len);
     digest_item(h, tok, tok_len);
-    for (int64_t i = 0; i < m->tensors->n; i++)
+    for (int64_t i = 0; i < ts->n; i++)
     {
-        const kne_tensor *t = &m->tensors->tensor[i];
-        const char       *p = t->data;
+        const kne_tensor *t = &ts->tensor[i];
 
         digest_item(h, t->name, strlen(t->name));
         digest_item(h, t->type_name, strlen(t->type_name));
-        digest_item(h, t->shape, (uint64_t) t->rank * sizeof t->shape[0]);
-        if (t->bytes <= step)
-        {
-            digest_item(h, p, t->bytes);
-            continue;
-        }
-        digest_item(h, p, edge);
-        for (size_t at = step; at + sample <= t->bytes - edge; at += step)
-            digest_item(h, p + at, sample);
-        digest_item(h, p + t->bytes - edge, edge);
+        digest_item(h, t->shape, (size_t) t->rank * sizeof t->shape[0]);
+        each_part(t, digest_item, h);
     }
     kne_sha256_end(h, digest);
+    for (int32_t i = 0; i < ts->n_files; i++)
+        madvise(ts->file[i].map, ts->file[i].size, MADV_NORMAL);
     for (int i = 0; i < KNE_DIGEST_LEN; i++)
         snprintf(m->fingerprint + 2 * i, 3, "%02x", digest[i]);
     return KNE_OK;

@@ -560,7 +560,7 @@ out:
 static kne_status
 open_single(const char *dir, const char *name, kne_tensors **out, kne_err *err)
 {
-    kne_tensors *t;
+    kne_tensors *t = NULL;
     kne_status   st;
 
     KNE_TRY(new_set(dir, 1, &t, err));
@@ -609,7 +609,7 @@ kne_tensors_open(const char *dir, kne_tensors **out, kne_err *err)
 kne_status
 kne_tensors_parse(const void *image, size_t len, kne_tensors **out, kne_err *err)
 {
-    kne_tensors *t;
+    kne_tensors *t = NULL;
     kne_status   st;
 
     KNE_TRY(new_set("", 1, &t, err));

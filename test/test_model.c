@@ -34,7 +34,7 @@ typedef struct bytes
 static bytes
 slurp(const char *dir, const char *name)
 {
-    char    path[512];
+    char    path[1024];
     bytes   b = {0};
     kne_err err;
 
@@ -47,7 +47,7 @@ slurp(const char *dir, const char *name)
 static void
 spit(const char *dir, const char *name, bytes b)
 {
-    char  path[512];
+    char  path[1024];
     FILE *f;
 
     snprintf(path, sizeof path, "%s/%s", dir, name);
