@@ -36,6 +36,7 @@ static uint32   last_id = 0;
 static int      cancels = 0; /* sent, and not answered yet */
 static uint32   current = 0; /* the request in hand; 0: none */
 
+static char     version_text[32] = ""; /* of the engine that answered HELLO last */
 static TimestampTz answer_by = 0; /* 0: whenever it comes */
 
 static KneIdle idle = NULL;
@@ -378,6 +379,12 @@ engine_absent(KneEngineState state, const char *note)
              : errhint("kne_status() and the server's log say more.")));
 }
 
+const char *
+kne_engine_version(void)
+{
+    return version_text;
+}
+
 /* HELLO and its answer. False: the engine went away meanwhile. */
 static bool
 say_hello(void)
@@ -403,6 +410,7 @@ say_hello(void)
                  errmsg("the kne engine speaks another protocol version"),
                  errdetail("It speaks version %u, kne.so version %d.", version, KNE_PROTOCOL_VERSION),
                  errhint("Install kne.so and kne-engine of the same release and restart the server.")));
+    strlcpy(version_text, lossy_text(&reply.body), sizeof(version_text));
     return true;
 }
 

@@ -38,6 +38,7 @@
 
 #include "kne_proc.h"
 
+#define SAYS "kne-engine: " /* what its lines begin with */
 #define EXIT_REFUSED 3 /* the engine's "not as I am configured" */
 #define STOP_MS 2000   /* from SIGTERM to SIGKILL */
 #define BACKOFF_MIN 1  /* seconds */
@@ -98,7 +99,8 @@ log_line(void)
         return;
     ereport(LOG, (errmsg_internal("%s", line), errhidestmt(true)));
     LWLockAcquire(&kne_shared->lock, LW_EXCLUSIVE);
-    strlcpy(kne_proc->engine_says, line, sizeof(kne_proc->engine_says));
+    strlcpy(kne_proc->engine_says, line + (strncmp(line, SAYS, strlen(SAYS)) == 0 ? strlen(SAYS) : 0),
+            sizeof(kne_proc->engine_says));
     LWLockRelease(&kne_shared->lock);
 }
 

@@ -15,13 +15,11 @@
 /* The rest of a worker's slot. */
 typedef struct KneSlotMore
 {
-    bool        cancel;      /* a commit cancelled a request that may be running */
     bool        visit;       /* a look only: the worker leaves at once when there is nothing to do */
     bool        left;        /* the worker left in good order; else the launcher counts a failure */
     bool        waiting;     /* requests are known to wait there */
     int         failures;    /* workers that ended badly in a row */
     int         fault_delay; /* seconds of the last back-off after a fault that is not an edit's */
-    TimestampTz prepared_at; /* since when prepared transactions may hold requests; 0: none */
     TimestampTz poll_at;     /* when to look again unasked; 0: never */
     char        note[256];   /* why its edits wait, for kne_status() */
 } KneSlotMore;
@@ -42,8 +40,6 @@ typedef struct KneProcShared
 /* ---- module.c ---- */
 /* The slot of a database, made when there is none and create is set; -1: none. The lock is held. */
 extern int kne_slot(Oid dboid, bool create);
-/* As kne_wake_at_commit, and the worker looks at once whether an edit it has in hand was cancelled. */
-extern void kne_signal_cancel(void);
 
 /* ---- launcher.c, worker.c: entry points ---- */
 extern PGDLLEXPORT void kne_launcher_main(Datum arg);
@@ -73,6 +69,8 @@ extern void kne_call_idle(KneIdle idle, void *arg);
 extern void kne_call_cancel(int64 edit_id);
 /* An engine is there, or about to be: a call has a chance. */
 extern bool kne_engine_up(void);
+/* Of the engine that this process is, or was, connected to. */
+extern const char *kne_engine_version(void);
 /* A non-blocking connection to the engine's socket, or -1 with errno. */
 extern int  kne_engine_connect(void);
 /* Append a whole HELLO frame. */
@@ -81,36 +79,60 @@ extern void kne_put_hello(kne_wbuf *w, uint32 id);
 /* Text from outside that a message is to show: what is not valid in this database's encoding becomes '?'. In place. */
 extern char *kne_safe_text(char *s);
 
-/* ---- worker.c <-> worker_record.c ---- */
+/* ---- worker_sql.c: the worker's transactions and statements ---- */
+extern void kne_worker_settings(void);
+/* A short transaction as the extension's owner, SPI connected, snapshot set. Allocations go on in the caller's context. */
+extern void kne_begin(void);
+extern void kne_commit(void);
+/* After an error: out of the transaction, allocations again in mcxt. */
+extern void kne_abort(MemoryContext mcxt);
+/* In a transaction: false when the extension is not there. Remembers its owner. */
+extern bool kne_extension_present(void);
+/* SPI with a plan kept for each statement; sql is a literal. nulls as SPI takes it. Returns the number of rows. */
+extern uint64 kne_sql(const char *sql, int nargs, const Oid *types, Datum *values, const char *nulls);
+/* Column (from 1) of a row of the last result; text in the current context, NULL for null. */
+extern int64 kne_sql_int8(uint64 row, int col);
+extern char *kne_sql_text(uint64 row, int col);
+extern TimestampTz kne_sql_time(uint64 row, int col); /* 0: null */
+extern Datum kne_int8_array(const int64 *v, int n);
+extern Datum kne_int4_array(const int32 *v, int n);
+extern Datum kne_float4_array(const float4 *v, int n);
+/* {"key": value, ...} piece by piece. */
+extern void kne_json_open(StringInfo s);
+extern void kne_json_text(StringInfo s, const char *key, const char *value); /* left out when NULL */
+extern void kne_json_number(StringInfo s, const char *key, double value);
+extern void kne_json_int(StringInfo s, const char *key, int64 value);
+extern char *kne_json_close(StringInfo s);
+
+/* ---- worker.c and worker_record.c ---- */
 /* What is to be written about one edit of a batch. */
 typedef enum KneVerdict
 {
-    KNE_DONE,    /* nothing left to write */
-    KNE_APPLY,   /* it is solved, or held already */
-    KNE_FAIL,    /* it failed for good or has one attempt less */
-    KNE_REQUEUE  /* back to pending, through no fault of its own */
+    KNE_DONE,   /* nothing left to write */
+    KNE_APPLY,  /* it is solved, or held already */
+    KNE_FAIL,   /* it failed: for good, or by one attempt */
+    KNE_REQUEUE /* back to pending, through no fault of its own */
 } KneVerdict;
 
 typedef struct KneJob
 {
     KneEditSpec spec;
     int32       attempts, deaths;
+    bool        told; /* the engine was asked to stop it */
     KneVerdict  verdict;
     /* FAIL, REQUEUE */
-    char       *error;     /* NULL: none */
-    bool        charge;    /* attempts + 1; at kne.max_attempts it fails */
-    bool        final;     /* FAIL: whatever attempts are left */
-    bool        death;     /* deaths + 1 */
-    double      delay;     /* seconds before it may run again */
-    /* APPLY: where its part of the reply is */
-    bool        holds;
+    char       *error; /* NULL: none */
+    bool        final; /* FAIL: however many attempts are left */
+    bool        death; /* an engine died under it */
+    double      delay; /* seconds before it may run again */
+    /* APPLY: its part of the answer */
+    bool        holds, applied;
     int32       steps;
     double      p_before, p_after, norm;
     char       *answer_before;
     uint8       digest[32];
-    int32       n_ensemble, n_rows;
-    kne_rbuf    ensemble, rows; /* past the count */
-    bool        applied;  /* written */
+    uint32      n_ensemble, n_rows;
+    kne_rbuf    ensemble, rows; /* each at its first item */
 } KneJob;
 
 typedef struct KneBatch
@@ -119,32 +141,30 @@ typedef struct KneBatch
     MemoryContext    mcxt;
     int32            model_id;
     char            *options; /* JSON text or NULL */
-    int              n, open; /* open: verdicts not yet written */
-    bool             claimed;
+    int              n, open; /* open: how many verdicts are not written yet */
     KneJob          *job;
+    int64           *edit_id;
     TimestampTz      retry_at;
-    int              busy;    /* rounds in which something was locked */
-    char            *provenance, *device;
-    char            *fingerprint;
+    int              rounds; /* of writing that left something open */
+    char            *provenance, *device, *version;
     double           attribute_seconds, optimise_seconds;
     int              n_disturbed;
     KneKnown        *disturbed;
 } KneBatch;
 
-/* A short transaction as the extension's owner, SPI connected, snapshot set. Memory stays in the caller's context. */
-extern void kne_begin(void);
-extern void kne_commit(void);
-/* After an error: out of the transaction, back in mcxt, identity restored. */
-extern void kne_abort(MemoryContext mcxt);
-/* SPI with a plan kept for each statement; sql must be a literal. nulls as in SPI_execute_plan. Returns rows. */
-extern uint64 kne_sql(const char *sql, int nargs, const Oid *types, Datum *values, const char *nulls, long limit);
-
-/* Write what can be written of a batch; open becomes 0 when all is. Never throws but for interrupts. */
+/* Read an EDIT's answer into verdicts. In a transaction; ERROR when it is malformed or not about this batch. */
+extern void kne_read_outcomes(KneBatch *batch, KneReply *reply, const uint8 *known, size_t known_len);
+/* Write what can be written of a batch, each edit in a transaction of its own. Throws only on an interrupt. */
 extern void kne_record(KneBatch *batch);
-/* Read an EDIT's answer into the verdicts. ERROR when it is malformed or not about this batch. */
-extern void kne_read_outcomes(KneBatch *batch, kne_rbuf *reply, KneKnown *known, int n_known);
+/* In a transaction: requests that run, and not here, go back to pending. False: some are locked, try again. */
+extern bool kne_repair_orphans(const int64 *in_hand, int n_in_hand);
+/* In a statement about kne.edit_request r: the request is this database's own to run (see kne.instance). */
+#define KNE_OWN "r.origin = (SELECT origin FROM kne.instance) AND r.origin_database = " \
+    "(SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"
+/* Seconds before an edit runs again after the engine died under it for the n-th time. */
+extern double kne_death_delay(int deaths);
 
-/* What this worker does now: pg_stat_activity and its slot. */
-extern void kne_activity(const char *fmt,...) pg_attribute_printf(1, 2);
+/* Edits under which something died so often run alone, and are charged if it happens again. */
+#define KNE_DEATHS_ALONE 2
 
 #endif

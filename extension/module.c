@@ -40,7 +40,6 @@ static shmem_request_hook_type prev_shmem_request_hook = NULL;
 static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 
 static bool wake_at_commit = false;
-static bool cancel_at_commit = false;
 
 extern PGDLLEXPORT void _PG_init(void);
 
@@ -176,16 +175,9 @@ kne_wake_at_commit(void)
     wake_at_commit = true;
 }
 
-void
-kne_signal_cancel(void)
-{
-    wake_at_commit = true;
-    cancel_at_commit = true;
-}
-
 /* Runs with interrupts held, after the transaction is over: it must not fail. */
 static void
-wake_worker(bool cancel, bool prepared)
+wake_worker(bool prepared)
 {
     Latch *latch = NULL;
     int    i;
@@ -205,15 +197,10 @@ wake_worker(bool cancel, bool prepared)
         if (prepared)
         {
             /* Nobody tells when it commits: look soon, and again. */
-            if (more->prepared_at == 0)
-                more->prepared_at = GetCurrentTimestamp();
             more->poll_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 1000);
         }
         else
-        {
             slot->wanted = true;
-            more->cancel |= cancel;
-        }
         latch = slot->pid != 0 && !prepared ? slot->latch : kne_shared->launcher_latch;
     }
     if (latch)
@@ -224,8 +211,6 @@ wake_worker(bool cancel, bool prepared)
 static void
 xact_callback(XactEvent event, void *arg)
 {
-    bool cancel = cancel_at_commit;
-
     (void) arg;
     if (!wake_at_commit)
         return;
@@ -233,11 +218,11 @@ xact_callback(XactEvent event, void *arg)
     {
         case XACT_EVENT_COMMIT:
         case XACT_EVENT_PREPARE:
-            wake_at_commit = cancel_at_commit = false;
-            wake_worker(cancel, event == XACT_EVENT_PREPARE);
+            wake_at_commit = false;
+            wake_worker(event == XACT_EVENT_PREPARE);
             break;
         case XACT_EVENT_ABORT:
-            wake_at_commit = cancel_at_commit = false;
+            wake_at_commit = false;
             break;
         default:
             break;
