@@ -18,12 +18,13 @@ VOCAB = 131
 LENGTHS = (4, 11, 17)
 STEPS = 10
 COMMON = dict(vocab_size=VOCAB, bos_token_id=None, eos_token_id=0, pad_token_id=None)
-LLAMA = dict(COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             intermediate_size=88, max_position_embeddings=48, rms_norm_eps=1e-5)
+LLAMA = dict(COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=88, max_position_embeddings=48,
+             rms_norm_eps=1e-5)
 GPT = dict(COMMON, n_embd=32, n_layer=2, n_head=4, n_inner=96, n_positions=48)
-NEOX = dict(COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-            max_position_embeddings=48,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5))
+HALF_ROTATED = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
+NEOX = dict(COMMON, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=96, max_position_embeddings=48, tie_word_embeddings=False)
 
 # folder: (configuration, suffixes of the FFN's weight matrices, suffix of the down matrices)
 SWIGLU = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -34,29 +35,32 @@ FAMILIES = {
         **LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
         rope_parameters=dict(rope_type="llama3", rope_theta=1000.0, factor=8.0, low_freq_factor=1.0,
                              high_freq_factor=4.0, original_max_position_embeddings=64)), SWIGLU),
-    "mistral": (lambda: tf.MistralConfig(**LLAMA, sliding_window=24, tie_word_embeddings=False), SWIGLU),
+    "mistral": (lambda: tf.MistralConfig(**LLAMA, sliding_window=24, tie_word_embeddings=False),
+                SWIGLU),
     "qwen2": (lambda: tf.Qwen2Config(**LLAMA, tie_word_embeddings=True), SWIGLU),
     # head_dim * heads = 48 is not the model's width
     "qwen3": (lambda: tf.Qwen3Config(**LLAMA, head_dim=12, tie_word_embeddings=False), SWIGLU),
     "phi3": (lambda: tf.Phi3Config(
         **LLAMA, tie_word_embeddings=False, original_max_position_embeddings=48,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+        rope_parameters=dict(HALF_ROTATED)),
         ("gate_up_proj.weight", "down_proj.weight")),
     "gpt2": (lambda: tf.GPT2Config(**GPT), ("c_fc.weight", "mlp.c_proj.weight")),
     "gptj": (lambda: tf.GPTJConfig(**GPT, rotary_dim=4, tie_word_embeddings=False),
              ("fc_in.weight", "fc_out.weight")),
-    "gpt_neox": (lambda: tf.GPTNeoXConfig(**NEOX, use_parallel_residual=True, tie_word_embeddings=False),
-                 ("dense_h_to_4h.weight", "dense_4h_to_h.weight")),
-    "gpt_neox_seq": (lambda: tf.GPTNeoXConfig(**NEOX, use_parallel_residual=False, tie_word_embeddings=False),
-                     ("dense_h_to_4h.weight", "dense_4h_to_h.weight")),
+    "gpt_neox": (lambda: tf.GPTNeoXConfig(
+        **NEOX, use_parallel_residual=True, rope_parameters=dict(HALF_ROTATED)),
+        ("dense_h_to_4h.weight", "dense_4h_to_h.weight")),
+    "gpt_neox_seq": (lambda: tf.GPTNeoXConfig(
+        **NEOX, use_parallel_residual=False, rope_parameters=dict(HALF_ROTATED)),
+        ("dense_h_to_4h.weight", "dense_4h_to_h.weight")),
 }
-MERGES = ("Ġ t", "h e", "Ġ a", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "o r",
-          "i s", "Ġ c", "i t", "e s", "a n", "Ġ i", "o u", "e d", "a l", "Ġ b", "in g", "Ġo f", "a r", "Ġ p",
-          "Ġ m", "Ġa n", "i on")
+MERGES = ("Ġ t", "h e", "Ġ a", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o",
+          "e n", "o r", "i s", "Ġ c", "i t", "e s", "a n", "Ġ i", "o u", "e d", "a l", "Ġ b",
+          "in g", "Ġo f", "a r", "Ġ p", "Ġ m", "Ġa n", "i on")
 
 
 def tokenizer():
-    """Byte-level BPE of 128 ids: end of text, printable ASCII, space, newline, and the merges above."""
+    """Byte-level BPE of 128 ids: end of text, printable ASCII, space, newline, the merges above."""
     vocab = {"<|endoftext|>": 0}
     for c in [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]:
         vocab[c] = len(vocab)
@@ -85,7 +89,7 @@ def init(model, seed):
 
 
 def run(model, ids):
-    """Logits of each sequence, and the mean over all predictions of all sequences of -log P(next)."""
+    """Logits of each sequence, and the mean of -log P(next) over all predictions of all of them."""
     logits = [model(torch.tensor([s])).logits[0] for s in ids]
     loss = sum(torch.nn.functional.cross_entropy(z[:-1], torch.tensor(s[1:]), reduction="sum")
                for z, s in zip(logits, ids)) / sum(len(s) - 1 for s in ids)
@@ -95,7 +99,8 @@ def run(model, ids):
 def make(name, seed):
     config, ffn = FAMILIES[name]
     folder = os.path.join(HERE, name)
-    model = tf.AutoModelForCausalLM.from_config(config(), attn_implementation="eager").float().eval()
+    model = tf.AutoModelForCausalLM.from_config(config(), attn_implementation="eager")
+    model = model.float().eval()
     init(model, seed)
     model.save_pretrained(folder)
     os.remove(os.path.join(folder, "generation_config.json"))
@@ -127,7 +132,8 @@ def make(name, seed):
     for f in os.listdir(folder):
         os.chmod(os.path.join(folder, f), 0o644)
     size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder))
-    print(f"{name}: {size} bytes, loss {out['loss'].item():.4f} ->", " ".join(f"{x:.4f}" for x in losses))
+    print(f"{name}: {size} bytes, loss {out['loss'].item():.4f} ->",
+          " ".join(f"{x:.4f}" for x in losses))
     assert size < 300_000
 
 
