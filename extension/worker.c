@@ -623,7 +623,7 @@ write_held(void)
     {
         KneBatch *batch = *at;
 
-        if (batch->retry_at <= now)
+        if (batch->open > 0 && batch->retry_at <= now)
             kne_record(batch);
         if (batch->open == 0)
         {

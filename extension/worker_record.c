@@ -649,7 +649,10 @@ kne_record(KneBatch *batch)
         batch->retry_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), wait);
     }
     else if (batch->n_disturbed > 0)
+    {
         record_disturbed(batch);
+        batch->n_disturbed = 0;
+    }
     MemoryContextSwitchTo(old);
 }
 

@@ -113,9 +113,10 @@ kne_sql(const char *sql, int nargs, const Oid *types, Datum *values, const char 
     {
         const char *sql;
         SPIPlanPtr  plan;
-    }          known[MAX_PLANS];
-    static int n_known = 0;
-    int        i, rc;
+    }             known[MAX_PLANS];
+    static int    n_known = 0;
+    MemoryContext caller = CurrentMemoryContext; /* SPI leaves its own behind */
+    int           i, rc;
 
     for (i = 0; i < n_known; i++)
         if (known[i].sql == sql)
@@ -134,6 +135,7 @@ kne_sql(const char *sql, int nargs, const Oid *types, Datum *values, const char 
         n_known++;
     }
     rc = SPI_execute_plan(known[i].plan, values, nulls, false, 0);
+    MemoryContextSwitchTo(caller);
     if (rc < 0)
         elog(ERROR, "SPI_execute_plan: %s", SPI_result_code_string(rc));
     return SPI_processed;
