@@ -7,8 +7,10 @@
 #include "kne_sql.h"
 #include "kne_compat.h"
 
+#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "funcapi.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -67,17 +69,6 @@ base_arg(FunctionCallInfo fcinfo, int model)
     return kne_view_base(view->model);
 }
 
-static int32
-count_arg(FunctionCallInfo fcinfo, int n, const char *name)
-{
-    int32 v = PG_GETARG_INT32(n);
-
-    if (v < 0)
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s must not be negative", name),
-                        errdetail("It is %d.", v)));
-    return v;
-}
-
 static void
 body_begin(kne_wbuf *w, const KneView *view)
 {
@@ -85,15 +76,50 @@ body_begin(kne_wbuf *w, const KneView *view)
     kne_put_view(w, view);
 }
 
+/*
+ * Text that a model made. Unlike a message it may hold what this database's encoding cannot: a byte of zero (a byte-level
+ * vocabulary has a token for it), or a character that has no equivalent. One such token must not cost the whole answer.
+ */
+static Datum
+model_text(kne_rbuf *r)
+{
+    StringInfoData out;
+    size_t         n, at = 0;
+    const char    *s = kne_get_bytes(r, &n);
+    Oid            proc = InvalidOid;
+
+    initStringInfo(&out);
+    if (GetDatabaseEncoding() != PG_UTF8 && GetDatabaseEncoding() != PG_SQL_ASCII)
+        proc = FindDefaultConversionProc(PG_UTF8, GetDatabaseEncoding());
+    while (at < n)
+    {
+        int   len = pg_encoding_verifymbchar(PG_UTF8, s + at, (int) Min(n - at, MAX_MULTIBYTE_CHAR_LEN));
+        uint8 buf[MAX_MULTIBYTE_CHAR_LEN * MAX_CONVERSION_GROWTH + 1];
+
+        if (len <= 0 || s[at] == '\0')
+        {
+            appendStringInfoString(&out, GetDatabaseEncoding() == PG_UTF8 ? "\xEF\xBF\xBD" : "?");
+            len = 1;
+        }
+        else if (len == 1 || !OidIsValid(proc))
+            appendBinaryStringInfo(&out, s + at, len);
+        else if (pg_do_encoding_conversion_buf(proc, PG_UTF8, GetDatabaseEncoding(), (uint8 *) s + at, len, buf, sizeof buf,
+                                               true) == len)
+            appendStringInfoString(&out, (char *) buf);
+        else
+            appendStringInfoChar(&out, '?');
+        at += len;
+    }
+    return PointerGetDatum(cstring_to_text_with_len(out.data, out.len));
+}
+
 static Datum
 text_reply(KneReply *reply)
 {
-    StringInfoData answer;
+    Datum answer = model_text(&reply->body);
 
-    initStringInfo(&answer);
-    kne_get_text(&reply->body, &answer);
     kne_reply_done(reply);
-    return CStringGetTextDatum(answer.data);
+    return answer;
 }
 
 /* A count that must be n: of an answer to a message with n questions. */
@@ -116,10 +142,11 @@ kne_complete(PG_FUNCTION_ARGS)
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         PG_RETURN_NULL();
-    max_tokens = count_arg(fcinfo, 1, "max_tokens");
+    max_tokens = PG_GETARG_INT32(1);
+    if (max_tokens < 0)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("max_tokens must not be negative"),
+                        errdetail("It is %d.", max_tokens)));
     view = view_args(fcinfo, 2, 3);
-    if (max_tokens == 0)
-        PG_RETURN_TEXT_P(cstring_to_text(""));
     body_begin(&w, view);
     kne_put_text(&w, text_arg(fcinfo, 0));
     kne_put_i32(&w, max_tokens);
@@ -240,10 +267,10 @@ kne_next_tokens(PG_FUNCTION_ARGS)
     InitMaterializedSRF(fcinfo, 0);
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         return (Datum) 0;
-    k = count_arg(fcinfo, 1, "k");
+    k = PG_GETARG_INT32(1);
+    if (k < 1)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("k must be at least 1"), errdetail("It is %d.", k)));
     view = view_args(fcinfo, 2, 3);
-    if (k == 0)
-        return (Datum) 0;
     body_begin(&w, view);
     kne_put_text(&w, text_arg(fcinfo, 0));
     kne_put_i32(&w, k);
@@ -251,18 +278,15 @@ kne_next_tokens(PG_FUNCTION_ARGS)
     n = kne_get_count(&reply.body, 4 + 4 + 8);
     for (uint32 i = 0; i < n; i++)
     {
-        Datum          values[4]; /* rank, token, token_id, probability */
-        bool           nulls[4] = {false};
-        StringInfoData token;
+        Datum values[4]; /* rank, token, token_id, probability */
+        bool  nulls[4] = {false};
 
-        initStringInfo(&token);
         values[0] = Int32GetDatum((int32) i + 1);
         values[2] = Int32GetDatum(kne_get_i32(&reply.body));
-        kne_get_text(&reply.body, &token);
-        values[1] = CStringGetTextDatum(token.data);
+        values[1] = model_text(&reply.body);
         values[3] = Float8GetDatum(kne_get_f64(&reply.body));
         tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
-        pfree(token.data);
+        pfree(DatumGetPointer(values[1]));
         CHECK_FOR_INTERRUPTS();
     }
     kne_reply_done(&reply);

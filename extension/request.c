@@ -229,7 +229,7 @@ kne_request_after(PG_FUNCTION_ARGS)
     if (strcmp(state, "pending") == 0 && DatumGetObjectId(column(trig, "origin_database")) == MyDatabaseId &&
         memcmp(DatumGetUUIDP(column(trig, "origin")), kne_origin(), sizeof(pg_uuid_t)) == 0)
     {
-        kne_event_user(DatumGetInt64(column(trig, "edit_id")), "requested", "options", column_text(trig, "options"));
+        kne_event_user(DatumGetInt64(column(trig, "edit_id")), "requested", "reason", NULL);
         warn_if_idle();
         kne_wake_at_commit();
     }

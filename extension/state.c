@@ -146,7 +146,8 @@ kne_origin(void)
         kne_spi_connect();
         if (kne_spi(&plan, KNE_READ, NULL, NULL) != 1)
             ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED), errmsg("kne.instance has lost its row"),
-                            errhint("INSERT INTO kne.instance DEFAULT VALUES makes this database a new origin.")));
+                            errhint("INSERT INTO kne.instance (database) SELECT oid FROM pg_database WHERE"
+                                    " datname = current_database() makes this database a new origin.")));
         known = *DatumGetUUIDP(not_null(0, 1));
         kne_spi_finish();
         known_in = KNE_LXID;
@@ -360,7 +361,8 @@ kne_options_from_jsonb(Jsonb *j, kne_options *out)
         if (v.type == jbvNumeric)
         {
             kind = KNE_JSON_NUMBER;
-            number = DatumGetFloat8(DirectFunctionCall1(numeric_float8, NumericGetDatum(v.val.numeric)));
+            /* By text: 1e400 is then out of the option's range, not of the type's. */
+            number = strtod(DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(v.val.numeric))), NULL);
         }
         else if (v.type == jbvString)
         {
