@@ -17,6 +17,7 @@
 #include "storage/lwlock.h"
 #include "utils/timestamp.h"
 
+#include "kne_compat.h"
 #include "../src/kne_protocol.h"
 #include "../src/kne_wire.h"
 

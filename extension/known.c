@@ -8,7 +8,6 @@
  * (subject, relation) the one that an edit made counts.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "catalog/pg_type.h"
 #include "common/hashfn.h"

@@ -6,7 +6,6 @@
  * kne.model_dir once every symbolic link is resolved, or any for a member of pg_read_server_files.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"

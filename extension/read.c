@@ -5,7 +5,6 @@
  * exactly the edits that the calling query sees. NULL in, NULL out, as with SQL's own functions. Nothing here writes.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"

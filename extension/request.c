@@ -10,7 +10,6 @@
  * for it. The worker takes the same locks with SKIP LOCKED, so it never waits for a user.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "access/htup_details.h"
 #include "access/transam.h"

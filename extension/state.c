@@ -12,7 +12,6 @@
  * own updates are neither.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "access/htup_details.h"
 #include "access/xact.h"

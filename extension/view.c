@@ -10,7 +10,6 @@
  * never change once committed; so asking again can only be needed when the engine restarted or evicted in between.
  */
 #include "kne_sql.h"
-#include "kne_compat.h"
 
 #include "access/xact.h"
 #include "catalog/pg_type.h"
