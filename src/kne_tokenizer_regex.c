@@ -21,6 +21,7 @@
 #define SPACES       "\\x09-\\x0d\\x20\\x85\\xa0\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}" \
                      "\\x{202f}\\x{205f}\\x{3000}"
 #define WORD         "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define WORD_ALONE   WORD "\\xb2\\xb3\\xb9\\xbc-\\xbe" /* Oniguruma's own, outside classes only */
 
 struct kne_regex
 {
@@ -164,12 +165,12 @@ escape(translator *t, bool in_class)
             KNE_TRY(put(t, in_class ? "\\P{White_Space}" : "[^" SPACES "]"));
             break;
         case 'w':
-            KNE_TRY(put(t, in_class ? WORD : "[" WORD "]"));
+            KNE_TRY(put(t, in_class ? WORD : "[" WORD_ALONE "]"));
             break;
         case 'W':
             if (in_class)
                 return refuse(t, "\\W in a class");
-            KNE_TRY(put(t, "[^" WORD "]"));
+            KNE_TRY(put(t, "[^" WORD_ALONE "]"));
             break;
         case 'd':
             KNE_TRY(put(t, "\\p{Nd}"));
@@ -204,10 +205,15 @@ escape(translator *t, bool in_class)
     return KNE_OK;
 }
 
+/*
+ * [...]: t->i is at the bracket. A class within a class is a union: its brackets
+ * are left out, unless a minus beside them would then make a range.
+ */
 static kne_status
 class(translator *t)
 {
     size_t first;
+    int    inner = 0;
 
     KNE_TRY(put(t, "["));
     t->i++;
@@ -218,19 +224,28 @@ class(translator *t)
     }
     for (first = t->i; t->i < t->n;)
     {
-        char c = t->s[t->i];
+        char c = t->s[t->i], before = t->s[t->i - 1];
+        char after = t->i + 1 < t->n ? t->s[t->i + 1] : '\0';
 
-        if (c == ']')
+        if (c == ']' && t->i == first)
+            return refuse(t, "an empty class");
+        if (c == ']' && inner == 0)
         {
-            if (t->i == first)
-                return refuse(t, "an empty class");
             t->i++;
             return put(t, "]");
         }
-        if (c == '[')
+        if (c == '[' && (after == '^' || after == ':' || after == '-' || before == '-'))
             return refuse(t, "a class within a class");
-        if (c == '&' && t->i + 1 < t->n && t->s[t->i + 1] == '&')
+        if (c == ']' && (after == '-' || before == '-'))
+            return refuse(t, "a class within a class");
+        if (c == '&' && after == '&')
             return refuse(t, "an intersection of classes");
+        if (c == '[' || c == ']')
+        {
+            inner += c == '[' ? 1 : -1;
+            first = ++t->i;
+            continue;
+        }
         if (c == '\\')
             KNE_TRY(escape(t, true));
         else

@@ -2,9 +2,9 @@
  * fuzz_tokenizer.c - libFuzzer target: a tokenizer.json and a text for it.
  *
  *   clang -std=gnu11 -g -O1 -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -Isrc \
- *       test/fuzz_tokenizer.c src/kne_base.c src/kne_tokenizer*.c src/kne_bpe*.c \
- *       src/kne_added_tokens.c src/kne_normalizer.c src/kne_pretokenizer.c src/kne_decoder.c \
- *       -lpcre2-8 -lutf8proc -lcjson -lcrypto -lm -o build/fuzz_tokenizer
+ *       test/fuzz_tokenizer.c src/kne_base.c src/kne_error.c src/kne_tokenizer*.c \
+ *       src/kne_bpe*.c src/kne_added_tokens.c src/kne_normalizer.c src/kne_pretokenizer.c \
+ *       src/kne_decoder.c -lpcre2-8 -lutf8proc -lcjson -lcrypto -lm -o build/fuzz_tokenizer
  *
  * The input is the file, a NUL, and the text. Seeds: the whole tokenizers that
  * "test_tokenizer --cases DIR" writes, one for each case. Whatever is accepted

@@ -360,7 +360,7 @@ static const struct
     { "regex", SPLIT("a("), KNE_ERR_UNSUPPORTED, "regular" },
     { "regex )", SPLIT(")"), KNE_ERR_UNSUPPORTED, "parenthesis" },
     { "regex &&", SPLIT("[a&&b]"), KNE_ERR_UNSUPPORTED, "intersection" },
-    { "regex class", SPLIT("[a[b]]"), KNE_ERR_UNSUPPORTED, "class" },
+    { "regex class", SPLIT("[a[^b]]"), KNE_ERR_UNSUPPORTED, "class" },
     { "regex (?m)", SPLIT("(?m:a.b)"), KNE_ERR_UNSUPPORTED, "option" },
     { "regex verb", SPLIT("(*UTF)a"), KNE_ERR_UNSUPPORTED, "(*" },
     { "regex \\h", SPLIT("\\\\h"), KNE_ERR_UNSUPPORTED, "escape" },

@@ -196,7 +196,7 @@ def cases():
         "decoders", {"type": "Fuse"}, {"type": "Strip", "content": "l", "start": 1, "stop": 1}))
     yield from case("regexes", "chars", TEXTS[1:] + ["aaaa1234567ab", "Kk ſs\u180e ab"],
                     pre_tokenizer={"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {
-                        "Regex": "(?i:'s|k)|\\p{Han}+|[\\u0061-c]{,2}|\\p{N}{1,3}+|(?<= )\\w(?!l)|\\s+$|[^\\s\\w]+"}})
+                        "Regex": "(?i:'s|k)|[^(\\s|[.!b\\]]l)a-k ]{3}|\\p{Han}+|[\\u0061-c]{,2}|\\p{N}{1,3}+|(?<= )\\w(?!l)|\\s+$|[^\\s\\w]+"}})
 
 
 def complete(part):
