@@ -28,7 +28,7 @@ else
 EXTENSION  = kne
 EXTVERSION = $(shell sed -n "s/^default_version *= *'\(.*\)'/\1/p" kne.control)
 MODULE_big = kne
-OBJS       = $(patsubst %.c,%.o,$(wildcard extension/*.c)) src/kne_options.o
+OBJS       = $(patsubst %.c,%.o,$(wildcard extension/*.c)) src/kne_options.o src/kne_error.o
 DATA       = $(wildcard extension/kne--*.sql)
 DOCS       = README.md
 REGRESS    = $(patsubst sql/%.sql,%,$(sort $(wildcard sql/*.sql)))
@@ -51,7 +51,7 @@ build/kne-engine: FORCE
 FORCE:
 .PHONY: FORCE
 
-extension/%.o src/kne_options.o: $(wildcard extension/*.h) src/kne_protocol.h src/kne_wire.h src/kne_options.h src/kne_base.h
+$(OBJS): $(wildcard extension/*.h) src/kne_protocol.h src/kne_wire.h src/kne_options.h src/kne_base.h
 
 install: install-engine
 install-engine: build/kne-engine

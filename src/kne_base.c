@@ -1,54 +1,12 @@
 /*
- * kne_base.c - status, arena, number formats, digests (see kne_base.h).
+ * kne_base.c - arena, number formats, digests (see kne_base.h).
  */
 #include "kne_base.h"
 
 #include <openssl/evp.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-kne_status
-kne_error(kne_err *err, kne_status code, const char *fmt, ...)
-{
-    if (err)
-    {
-        va_list ap;
-
-        err->code = code;
-        err->detail[0] = err->hint[0] = '\0';
-        va_start(ap, fmt);
-        vsnprintf(err->msg, sizeof err->msg, fmt, ap);
-        va_end(ap);
-    }
-    return code;
-}
-
-void
-kne_error_detail(kne_err *err, const char *fmt, ...)
-{
-    va_list ap;
-
-    if (!err)
-        return;
-    va_start(ap, fmt);
-    vsnprintf(err->detail, sizeof err->detail, fmt, ap);
-    va_end(ap);
-}
-
-void
-kne_error_hint(kne_err *err, const char *fmt, ...)
-{
-    va_list ap;
-
-    if (!err)
-        return;
-    va_start(ap, fmt);
-    vsnprintf(err->hint, sizeof err->hint, fmt, ap);
-    va_end(ap);
-}
 
 void *
 kne_arena_take(kne_arena *arena, size_t count, size_t elem_size)
