@@ -2,10 +2,12 @@
  * kne_bpe.c - the BPE model's tables: vocabulary, merges, and what is derived
  * from them. How a word is merged: kne_bpe_merge.c.
  *
- * One allocation holds everything: token texts in a pool, addressed by offset;
- * two open-addressed hash tables, of the vocabulary (text to id) and of the
- * merges (pair of ids to rank and joined id). A lookup costs one or two cache
- * lines. Ids may have gaps.
+ * Token texts lie in a pool, addressed by offset; two open-addressed hash
+ * tables map the vocabulary (text to id) and the merges (pair of ids to rank
+ * and joined id). A lookup costs one or two cache lines. Ids may have gaps.
+ *
+ * Loading is bound by memory: cJSON's nodes of a large file fill tens of
+ * megabytes, so they are walked as seldom as can be.
  */
 #include <stdlib.h>
 
@@ -39,7 +41,8 @@ hash_text(const char *s, size_t n)
         v = (uint64_t) a << 32 | b;
     }
     else if (n > 0)
-        v = (uint64_t) (uint8_t) s[0] << 16 | (uint64_t) (uint8_t) s[n / 2] << 8 | (uint8_t) s[n - 1];
+        v = (uint32_t) (uint8_t) s[0] << 16 | (uint32_t) (uint8_t) s[n / 2] << 8 |
+            (uint8_t) s[n - 1];
     else
         v = 0;
     h = mix(h ^ v, 0xD1342543DE82EF95ull);
@@ -140,16 +143,17 @@ kne_bpe_add_token(kne_bpe *bpe, int32_t id, const char *s, size_t n, kne_err *er
 typedef struct sizes
 {
     int32_t n_id, n_model;
-    size_t  text, n_merge;
+    size_t  text;
 } sizes;
 
+/* All texts and the NUL behind each are shorter than the file: quotes and commas see to that. */
 static kne_status
-measure(cJSON *vocab, cJSON *merges, cJSON *added, sizes *size, kne_err *err)
+measure(cJSON *vocab, cJSON *added, size_t file_n, sizes *size, kne_err *err)
 {
     cJSON  *item;
     int32_t id;
 
-    size->text = 1; /* offset 0 means no token */
+    size->text = file_n + 64;
     cJSON_ArrayForEach(item, vocab)
     {
         if (!kne_tokjson_to_int(item, KNE_TOK_MAX_ID, &id))
@@ -157,21 +161,14 @@ measure(cJSON *vocab, cJSON *merges, cJSON *added, sizes *size, kne_err *err)
                              "token \"%.*s\" has no id from 0 to %d in tokenizer.json",
                              kne_u8_prefix(item->string, strlen(item->string), 60), item->string,
                              KNE_TOK_MAX_ID - 1);
-        size->text += strlen(item->string) + 1;
         size->n_model++;
         if (id >= size->n_id)
             size->n_id = id + 1;
     }
-    cJSON_ArrayForEach(item, added) /* malformed ones are refused later, by the one who reads them */
-    {
-        const char *text = cJSON_GetStringValue(kne_tokjson_get(item, "content"));
-
-        size->text += text ? strlen(text) + 1 : 0;
+    cJSON_ArrayForEach(item, added) /* malformed ones are refused by who reads them */
         if (kne_tokjson_to_int(kne_tokjson_get(item, "id"), KNE_TOK_MAX_ID, &id) &&
             id >= size->n_id)
             size->n_id = id + 1;
-    }
-    size->n_merge = (size_t) cJSON_GetArraySize(merges);
     return KNE_OK;
 }
 
@@ -183,7 +180,6 @@ layout(kne_bpe *bpe, const sizes *size, bool byte_level)
     size_t     n = (size_t) size->n_id;
 
     bpe->vocab = kne_arena_take(a, (size_t) bpe->vocab_mask + 1, sizeof *bpe->vocab);
-    bpe->merge = kne_arena_take(a, (size_t) 1 << bpe->merge_bits, sizeof *bpe->merge);
     bpe->token = kne_arena_take(a, n, sizeof *bpe->token);
     bpe->flags = kne_arena_take(a, n, 1);
     bpe->pool = kne_arena_take(a, size->text, 1);
@@ -229,24 +225,54 @@ load_vocab(kne_bpe *bpe, cJSON *vocab, kne_err *err)
     return KNE_OK;
 }
 
-static void
-put_merge(kne_bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id)
+/* A merge as read; its rank is its place. */
+typedef struct merge
 {
-    uint32_t mask = (1u << bpe->merge_bits) - 1;
-    uint32_t i = kne_merge_hash(bpe, (uint32_t) left, (uint32_t) right);
+    int32_t left, right, id;
+} merge;
 
-    while (bpe->merge[i].left1 && (bpe->merge[i].left1 != (uint32_t) left + 1 ||
-                                   bpe->merge[i].right != (uint32_t) right))
-        i = (i + 1) & mask;
-    /* a pair given twice: the later rank holds, as in the library */
-    bpe->merge[i] = (kne_merge_slot) { .left1 = (uint32_t) left + 1, .right = (uint32_t) right,
-                                       .rank = rank, .id = id };
-    if (bpe->may_join)
+typedef struct merge_list
+{
+    merge *m;
+    size_t n, cap;
+} merge_list;
+
+/* The table of merges, and the bitmap of what may join at all. */
+static kne_status
+build_merges(kne_bpe *bpe, const merge_list *list, kne_err *err)
+{
+    const merge *m = list->m;
+    uint32_t     mask;
+
+    bpe->merge_bits = 6;
+    while (((size_t) 1 << bpe->merge_bits) / 4 * 3 < list->n)
+        bpe->merge_bits++;
+    mask = (1u << bpe->merge_bits) - 1;
+    bpe->merge = calloc((size_t) mask + 1, sizeof *bpe->merge);
+    if (!bpe->merge)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory in the tokenizer");
+    for (size_t rank = 0; rank < list->n; rank++)
     {
-        uint32_t bit = kne_join_bit(bpe, left, right);
+        uint32_t left1 = (uint32_t) m[rank].left + 1, right = (uint32_t) m[rank].right, i;
 
-        bpe->may_join[bit / 8] |= (uint8_t) (1u << bit % 8);
+        if (rank + BLOCK < list->n)
+            __builtin_prefetch(&bpe->merge[kne_merge_hash(bpe, (uint32_t) m[rank + BLOCK].left,
+                                                          (uint32_t) m[rank + BLOCK].right)], 1);
+        i = kne_merge_hash(bpe, left1 - 1, right);
+        while (bpe->merge[i].left1 &&
+               (bpe->merge[i].left1 != left1 || bpe->merge[i].right != right))
+            i = (i + 1) & mask;
+        /* a pair given twice: the later rank holds, as in the library */
+        bpe->merge[i] = (kne_merge_slot) { .left1 = left1, .right = right,
+                                           .rank = (uint32_t) rank, .id = m[rank].id };
+        if (bpe->may_join)
+        {
+            uint32_t bit = kne_join_bit(bpe, m[rank].left, m[rank].right);
+
+            bpe->may_join[bit / 8] |= (uint8_t) (1u << bit % 8);
+        }
     }
+    return KNE_OK;
 }
 
 /*
@@ -285,30 +311,36 @@ merge_halves(cJSON *item, kne_tokbuf *text, size_t *left_n, bool *good, kne_err 
 
 /* One block: its texts lie in text, half by half. */
 static kne_status
-put_merges(kne_bpe *bpe, probe *half, size_t count, uint32_t *rank, int32_t *id, kne_err *err)
+add_merges(kne_bpe *bpe, probe *half, size_t count, merge_list *list, kne_err *err)
 {
+    int32_t id = list->n ? list->m[list->n - 1].id : 0;
+
     fetch_slots(bpe, half, count);
     fetch_texts(bpe, half, count);
-    for (size_t i = 0; i < count; i += 2, ++*rank)
+    for (size_t i = 0; i < count; i += 2)
     {
         int32_t     left = find_probe(bpe, &half[i]), right = find_probe(bpe, &half[i + 1]);
         const char *s = half[i].s;
         size_t      n = half[i].n + half[i + 1].n;
 
         /* Most vocabularies list the joined tokens in the order of the merges. */
-        if (++*id >= bpe->n_id || bpe->token[*id].n != n || bpe->token[*id].at == 0 ||
-            memcmp(bpe->pool + bpe->token[*id].at, s, n) != 0)
-            *id = kne_bpe_find(bpe, s, n);
-        if (left < 0 || right < 0 || *id < 0)
+        if (++id >= bpe->n_id || bpe->token[id].n != n || bpe->token[id].at == 0 ||
+            memcmp(bpe->pool + bpe->token[id].at, s, n) != 0)
+            id = kne_bpe_find(bpe, s, n);
+        if (left < 0 || right < 0 || id < 0)
         {
             kne_status st = kne_error(
                 err, KNE_ERR_FORMAT,
-                "merge %u in tokenizer.json names a token that the vocabulary lacks", *rank + 1);
+                "merge %zu in tokenizer.json names a token that the vocabulary lacks", list->n + 1);
 
             kne_error_detail(err, "It would make \"%.*s\".", kne_u8_prefix(s, n, 200), s);
             return st;
         }
-        put_merge(bpe, left, right, *rank, *id);
+        if (list->n == KNE_TOK_MAX_ID)
+            return kne_error(err, KNE_ERR_LIMIT, "tokenizer.json has too many merges");
+        if (list->n == list->cap)
+            KNE_TRY(kne_tok_grow((void **) &list->m, &list->cap, list->n, sizeof *list->m, err));
+        list->m[list->n++] = (merge) { .left = left, .right = right, .id = id };
     }
     return KNE_OK;
 }
@@ -317,8 +349,7 @@ static kne_status
 load_merges(kne_bpe *bpe, cJSON *merges, kne_err *err)
 {
     kne_tokbuf text = { 0 };
-    uint32_t   rank = 0;
-    int32_t    id = 0;
+    merge_list list = { 0 };
     cJSON     *item = merges->child;
     kne_status st = kne_tokbuf_reserve(&text, 4096, err);
 
@@ -339,7 +370,7 @@ load_merges(kne_bpe *bpe, cJSON *merges, kne_err *err)
             st = merge_halves(item, &text, &half[count].n, &good, err);
             if (st == KNE_OK && !good)
                 st = kne_error(err, KNE_ERR_FORMAT, "merge %zu in tokenizer.json is malformed",
-                               rank + count / 2 + 1);
+                               list.n + count / 2 + 1);
             if (st == KNE_OK)
                 half[count + 1].n = text.n - before - half[count].n;
             count += 2;
@@ -349,8 +380,11 @@ load_merges(kne_bpe *bpe, cJSON *merges, kne_err *err)
         s = text.s; /* only now: it may have moved */
         for (size_t i = 0; i < count; s += half[i++].n)
             half[i].s = s;
-        st = put_merges(bpe, half, count, &rank, &id, err);
+        st = add_merges(bpe, half, count, &list, err);
     }
+    if (st == KNE_OK)
+        st = build_merges(bpe, &list, err);
+    free(list.m);
     kne_tokbuf_free(&text);
     return st;
 }
@@ -427,7 +461,8 @@ derive(kne_bpe *bpe)
 }
 
 kne_status
-kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, bool byte_level, kne_err *err)
+kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, size_t file_n, bool byte_level,
+             kne_err *err)
 {
     cJSON   *vocab = kne_tokjson_get(model, "vocab");
     cJSON   *merges = kne_tokjson_get(model, "merges");
@@ -436,22 +471,18 @@ kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, bool byte_level, kne_err 
 
     if (!vocab || !cJSON_IsObject(vocab) || !merges || !cJSON_IsArray(merges))
         return kne_error(err, KNE_ERR_FORMAT, "tokenizer's BPE has no vocab or no merges");
-    KNE_TRY(measure(vocab, merges, added, &size, err));
-    if (size.text > UINT32_MAX || size.n_model > KNE_TOK_MAX_ID ||
-        size.n_merge > KNE_TOK_MAX_ID)
-        return kne_error(err, KNE_ERR_LIMIT, "tokenizer.json has too many tokens or merges");
+    KNE_TRY(measure(vocab, added, file_n, &size, err));
+    if (size.text > UINT32_MAX || size.n_model > KNE_TOK_MAX_ID)
+        return kne_error(err, KNE_ERR_LIMIT, "tokenizer.json has too many tokens");
     while (slots / 4 * 3 < (uint32_t) size.n_model)
         slots *= 2;
     bpe->vocab_mask = slots - 1;
-    bpe->merge_bits = 6;
-    while (((size_t) 1 << bpe->merge_bits) / 4 * 3 < size.n_merge)
-        bpe->merge_bits++;
     layout(bpe, &size, byte_level);
     KNE_TRY(kne_arena_commit(&bpe->arena, err));
     layout(bpe, &size, byte_level);
     bpe->n_id = size.n_id;
     bpe->n_model = size.n_model;
-    bpe->pool_n = 1;
+    bpe->pool_n = 1; /* offset 0 means no token */
     KNE_TRY(load_vocab(bpe, vocab, err));
     KNE_TRY(load_options(bpe, model, err));
     derive(bpe);
@@ -462,5 +493,6 @@ void
 kne_bpe_free(kne_bpe *bpe)
 {
     kne_arena_free(&bpe->arena);
+    free(bpe->merge);
     *bpe = (kne_bpe) { 0 };
 }

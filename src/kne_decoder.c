@@ -67,8 +67,8 @@ load_stage(kne_dec_stage *stage, cJSON *json, kne_err *err)
 static kne_status
 load(kne_decoder *dec, cJSON *json, int depth, kne_err *err)
 {
-    static const char *const known[] = { "ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse",
-                                         "Strip" };
+    static const char *const known[] = { "ByteLevel",    "Metaspace", "Replace",
+                                         "ByteFallback", "Fuse",      "Strip" };
     const char *type = kne_tokjson_type(json);
     size_t      i;
 

@@ -436,7 +436,8 @@ with_marks(const kne_pre_stage *stage, const char *s, const kne_piece *in, kne_t
     bool        has = s[0] == ' ' ||
                (in->n >= stage->mark_n && memcmp(s, stage->mark, stage->mark_n) == 0);
 
-    if (!has && (stage->prepend == PREPEND_ALWAYS || (stage->prepend == PREPEND_FIRST && in->start)))
+    if (!has &&
+        (stage->prepend == PREPEND_ALWAYS || (stage->prepend == PREPEND_FIRST && in->start)))
         KNE_TRY(kne_tokbuf_add(to, stage->mark, stage->mark_n, err));
     while (s < end)
     {

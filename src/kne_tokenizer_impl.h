@@ -134,9 +134,10 @@ const char *kne_tokjson_type(cJSON *object);             /* its "type", NULL: no
  * asked for once only: this puts the NULs back (see kne_tokjson_parse).
  */
 char      *kne_tokjson_text(char *s, size_t *n);
-kne_status kne_tokjson_string(cJSON *object, const char *name, const char *owner, char **s, size_t *n,
-                           kne_err *err); /* malloc'ed copy */
-kne_status kne_tokjson_bool(cJSON *object, const char *name, bool missing, bool *value, kne_err *err);
+kne_status kne_tokjson_string(cJSON *object, const char *name, const char *owner, char **s,
+                              size_t *n, kne_err *err); /* malloc'ed copy */
+kne_status kne_tokjson_bool(cJSON *object, const char *name, bool missing, bool *value,
+                            kne_err *err);
 /* An integer of [0, limit); missing < 0: the field is required. */
 kne_status kne_tokjson_int(cJSON *object, const char *name, int32_t missing, int32_t limit,
                         int32_t *value, kne_err *err);
@@ -178,7 +179,7 @@ typedef struct kne_bpe
     kne_token      *token;      /* (n_id) */
     uint8_t        *flags;      /* (n_id) */
     kne_vocab_slot *vocab;      /* (vocab_mask + 1), the model's tokens only */
-    kne_merge_slot *merge;      /* (1 << merge_bits) */
+    kne_merge_slot *merge;      /* (1 << merge_bits), on its own */
     uint16_t       *first_char; /* (n_id) hashes of characters, for may_join; NULL: byte level */
     uint16_t       *last_char;
     uint8_t        *may_join;   /* bitmap */
@@ -194,8 +195,9 @@ typedef struct kne_bpe
     bool            level_full;    /* no -1 in level */
 } kne_bpe;
 
-/* added: the array of added tokens, whose texts get room in the pool too. */
-kne_status kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, bool byte_level, kne_err *err);
+/* added: the array of added tokens, whose texts get room in the pool too; file_n: its length. */
+kne_status kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, size_t file_n, bool byte_level,
+                        kne_err *err);
 void       kne_bpe_free(kne_bpe *bpe);
 int32_t    kne_bpe_find(const kne_bpe *bpe, const char *s, size_t n); /* -1: none */
 /* Put an added token that the model does not have. */
@@ -295,7 +297,7 @@ typedef struct kne_pretokenizer
 {
     kne_pre_stage *stage;
     size_t         n, cap;
-    bool           byte_level; /* the last stage maps to the byte-level alphabet: left to the model */
+    bool           byte_level; /* the last stage maps to the alphabet: left to the model */
 } kne_pretokenizer;
 
 /* Text on its way through the stages. Pieces are offsets into text. */

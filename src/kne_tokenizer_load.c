@@ -47,11 +47,9 @@ load_added_token(kne_tokenizer *t, cJSON *json, kne_added *a, kne_matcher *m, kn
 
     known = kne_bpe_find(&t->bpe, a->text, a->n);
     if (known >= 0 && known != a->id)
-    {
-        st = kne_error(err, KNE_ERR_FORMAT, "added token \"%.*s\" has id %d, but %d in the vocabulary",
-                       kne_u8_prefix(a->text, a->n, 60), a->text, a->id, known);
-        return st;
-    }
+        return kne_error(err, KNE_ERR_FORMAT,
+                         "added token \"%.*s\" has id %d, but %d in the vocabulary",
+                         kne_u8_prefix(a->text, a->n, 60), a->text, a->id, known);
     if (known < 0)
         KNE_TRY(kne_bpe_add_token(&t->bpe, a->id, a->text, a->n, err));
     if (t->bpe.flags[a->id] & KNE_TOK_ADDED)
@@ -184,7 +182,7 @@ load_post_processor(kne_tokenizer *t, cJSON *json, int depth, kne_err *err)
 }
 
 static kne_status
-load(kne_tokenizer *t, cJSON *root, kne_err *err)
+load(kne_tokenizer *t, cJSON *root, size_t file_n, kne_err *err)
 {
     cJSON      *version = kne_tokjson_get(root, "version");
     cJSON      *model = kne_tokjson_get(root, "model");
@@ -203,7 +201,7 @@ load(kne_tokenizer *t, cJSON *root, kne_err *err)
     KNE_TRY(kne_normalizer_load(&t->norm, kne_tokjson_get(root, "normalizer"), err));
     KNE_TRY(kne_pretokenizer_load(&t->pre, kne_tokjson_get(root, "pre_tokenizer"), err));
     KNE_TRY(kne_decoder_load(&t->dec, kne_tokjson_get(root, "decoder"), err));
-    KNE_TRY(kne_bpe_load(&t->bpe, model, added, t->pre.byte_level, err));
+    KNE_TRY(kne_bpe_load(&t->bpe, model, added, file_n, t->pre.byte_level, err));
     KNE_TRY(load_added(t, added, err));
     return load_post_processor(t, kne_tokjson_get(root, "post_processor"), 0, err);
 }
@@ -218,7 +216,8 @@ kne_tokenizer_parse(const char *json, size_t len, kne_tokenizer **out, kne_err *
     *out = NULL;
     KNE_TRY(kne_tokjson_parse(json, len, &root, err));
     t = calloc(1, sizeof *t);
-    st = t ? load(t, root, err) : kne_error(err, KNE_ERR_NOMEM, "out of memory in the tokenizer");
+    st = t ? load(t, root, len, err)
+           : kne_error(err, KNE_ERR_NOMEM, "out of memory in the tokenizer");
     cJSON_Delete(root);
     if (st == KNE_OK)
         *out = t;

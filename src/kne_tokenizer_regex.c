@@ -43,9 +43,10 @@ typedef struct translator
 static kne_status
 refuse(translator *t, const char *what)
 {
-    kne_status st = kne_error(t->err, KNE_ERR_UNSUPPORTED,
-                              "tokenizer's regular expression has %s, which is not supported", what);
+    kne_status st;
 
+    st = kne_error(t->err, KNE_ERR_UNSUPPORTED,
+                   "tokenizer's regular expression has %s, which is not supported", what);
     kne_error_detail(t->err, "The pattern is: %.*s", kne_u8_prefix(t->s, t->n, 400), t->s);
     return st;
 }

@@ -41,7 +41,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         kne_status st = kne_tokenizer_encode(t, text, text_n, special, &ids, &err);
 
         if (kne_tokenizer_encode(t, text, text_n, special, &again, &err) != st ||
-            ids.n != again.n || (ids.n && memcmp(ids.id, again.id, (size_t) ids.n * sizeof *ids.id)))
+            ids.n != again.n ||
+            (ids.n && memcmp(ids.id, again.id, (size_t) ids.n * sizeof *ids.id)))
             abort();
         for (int32_t i = 0; i < ids.n; i++)
             if (!kne_tokenizer_token(t, ids.id[i]))

@@ -424,8 +424,8 @@ test_broken(void)
         for (int i = 0; i < depth; i++)
             n += (size_t) sprintf(deep + n, "]}");
         n += (size_t) sprintf(deep + n, ",\"model\":{\"vocab\":{},\"merges\":[]}}");
-        check(kne_tokenizer_parse(deep, n, &t, &err) == KNE_ERR_FORMAT, "file: %d Sequences deep: %s",
-              depth, err.msg);
+        check(kne_tokenizer_parse(deep, n, &t, &err) == KNE_ERR_FORMAT,
+              "file: %d Sequences deep: %s", depth, err.msg);
         free(deep);
     }
     {
@@ -468,8 +468,8 @@ test_edges(void)
     if (!check(kne_tokenizer_parse(json, sizeof json - 1, &t, &err) == KNE_OK, "NUL in tokens %s",
                err.msg))
         return;
-    check(kne_tokenizer_encode(t, "\0a\0\xEF\xB7\x90", 6, true, &ids, &err) == KNE_OK && ids.n == 3 &&
-              ids.id[0] == 1 && ids.id[1] == 2 && ids.id[2] == 4,
+    check(kne_tokenizer_encode(t, "\0a\0\xEF\xB7\x90", 6, true, &ids, &err) == KNE_OK &&
+              ids.n == 3 && ids.id[0] == 1 && ids.id[1] == 2 && ids.id[2] == 4,
           "NUL in text");
     check(kne_tokenizer_decode(t, ids.id, 3, false, &text, &n, &err) == KNE_OK && n == 8 &&
               memcmp(text, "\0 a\0 \xEF\xB7\x90", 9) == 0,
@@ -675,7 +675,8 @@ test_greedy(void)
 static void
 test_stories(void)
 {
-    static const char text[] = "Once upon a time, there was a little girl named Lily.\n\xC3\xA9\xE2\x82\xAC ";
+    static const char text[] = "Once upon a time, there was a little girl named Lily.\n"
+                               "\xC3\xA9\xE2\x82\xAC ";
     char              path[1024];
     kne_tokenizer    *t = NULL;
     kne_err           err = { 0 };
