@@ -496,7 +496,7 @@ look_at(int64 edit_id, Look *out)
 {
     static KnePlan look = {
         "SELECT r.state, r.xmin, r.origin <> i.origin OR r.origin_database <> $2, r.state = 'applied' AND EXISTS"
-        " (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id AND s.provenance @> '{\"protected\": false}')"
+        " (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}')"
         " FROM kne.edit_request r LEFT JOIN kne.instance i ON true WHERE r.edit_id = $1",
         2, {INT8OID, OIDOID}};
     Datum values[2];
