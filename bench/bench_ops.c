@@ -53,6 +53,7 @@ static const product_case products[] = {
     {FORWARD, 32, 4096, 11008, KNE_BF16, false}, {BACKWARD, 32, 4096, 11008, KNE_BF16, false},
     {FORWARD, 32, 11008, 4096, KNE_BF16, false}, {BACKWARD, 32, 11008, 4096, KNE_BF16, false},
     {FORWARD, 32, 4096, 11008, KNE_F16, false},  {BACKWARD, 32, 4096, 11008, KNE_F16, false},
+    {BACKWARD, 1, 4096, 11008, KNE_BF16, false},
     {FORWARD, 8, 4096, 11008, KNE_BF16, false},  {BACKWARD, 8, 4096, 11008, KNE_BF16, false},
     {FORWARD, 256, 4096, 4096, KNE_BF16, false}, {BACKWARD, 256, 4096, 4096, KNE_BF16, false},
 };

@@ -89,7 +89,8 @@ gemm_nt(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
 static void
 gemm_nn(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
 {
-    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, 512, 60);
+    /* wide blocks: W is read down its rows, and each row of a block is a page of memory of its own */
+    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, out, 60);
 }
 
 static void

@@ -38,6 +38,26 @@ finish(const kne_gemm *g, float sum, int64_t o, float y)
     return g->beta == 0 ? sum : g->beta * y + sum;
 }
 
+/* Four outputs of a row at once: the same arithmetic. */
+KNE_INLINE void
+finish4(const kne_gemm *g, v4 sum, int64_t o, int64_t r)
+{
+    float *y = g->y + r * g->ldy + o;
+    v4     v;
+
+    if (g->bias)
+    {
+        memcpy(&v, g->bias + o, sizeof(v));
+        sum += v;
+    }
+    if (g->beta != 0)
+    {
+        memcpy(&v, y, sizeof(v));
+        sum = g->beta * v + sum;
+    }
+    memcpy(y, &sum, sizeof(sum));
+}
+
 /* ---- nt: y[r, o] = sum_k x[r, k] w[o, k] ---- */
 
 /* nr <= R outputs from o, C rows from r. */
@@ -90,13 +110,21 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
                 acc[c * R + i] = vf_fma(wv[i], xv, acc[c * R + i]);
         }
     }
+    if (nr == R && R % 4 == 0)
+    {
+        UNROLL
+        for (int i = 0; i < R * C; i += 4)
+            finish4(g, vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]), o + i % R, r + i / R);
+        return;
+    }
     UNROLL
     for (int i = 0; i < R * C; i += 4)
     {
         const int last = R * C - 1;
+        v4        v = vf_sum4(acc[i], acc[i + 1 <= last ? i + 1 : last], acc[i + 2 <= last ? i + 2 : last],
+                              acc[i + 3 <= last ? i + 3 : last]);
 
-        vf_sum4(sum + i, acc[i], acc[i + 1 <= last ? i + 1 : last], acc[i + 2 <= last ? i + 2 : last],
-                acc[i + 3 <= last ? i + 3 : last]);
+        memcpy(sum + i, &v, sizeof(v));
     }
     for (int c = 0; c < C; c++)
     {
@@ -155,16 +183,22 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 
 /* ---- nn: y[r, o] = sum_k x[r, k] w[k, o] ---- */
 
-#define NN_W      (NN_V * VL) /* outputs of a tile */
-#define NN_COLS   512         /* outputs of a block: long pieces of W's rows, few pages */
-#define NN_ROWS   60          /* rows of a block */
-#define NN_K      128         /* k of a block: changing it changes bits */
-#define NN_DIRECT 7           /* below so many rows W is read where it is, else by way of a panel */
+#define NN_W      (NN_V * VL)        /* outputs of a tile */
+#define NN_K      128                /* k of a block: changing it changes bits */
+#define NN_ROWS   60                 /* rows of a block */
+#define NN_ACC    (128 * 1024)       /* floats of accumulators of a block */
+#define NN_SUB    256                /* outputs whose part of W is widened at a time */
+#define NN_PANEL  (NN_K * NN_W + 64) /* not a power of two: panels are written side by side */
+#define NN_DIRECT 7                  /* below so many rows W is read where it is */
 
-/* acc[T, NN_W] += x[T, nk] w[nk, NN_W]; first: = */
+/*
+ * acc[T, NN_W] += x[T, nk] w[nk, NN_W]; first: =. ahead (or NULL): the part of W that comes
+ * next, ahead_step bytes a row, to be in the cache by then.
+ */
 KNE_INLINE void
 nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
-        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk)
+        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
+        int64_t ahead_step)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
     vf            c[NN_T * NN_V], wv[NN_V];
@@ -176,6 +210,12 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
             c[t * NN_V + i] = vf_zero();
     for (int64_t k = 0; k < nk; k++)
     {
+        if (ahead)
+        {
+            for (int i = 0; i < NN_W * 2; i += 64)
+                __builtin_prefetch(ahead + i, 0, 2);
+            ahead += ahead_step;
+        }
         UNROLL
         for (int i = 0; i < NN_V; i++)
             wv[i] = vf_load_w(w + (k * ldw + i * VL) * size, type);
@@ -202,9 +242,12 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
         }
 }
 
+#define NN_TILE(T) nn_tile(T, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk, ahead, ahead_step)
+
 KNE_INLINE void
 nn_rows(int64_t n, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
-        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk)
+        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
+        int64_t ahead_step)
 {
     int64_t tiles = (n + NN_T - 1) / NN_T;
 
@@ -216,37 +259,48 @@ nn_rows(int64_t n, float *acc, int64_t ldacc, bool first, const float *x, int64_
 
         switch ((int) (n * (t + 1) / tiles - r))
         {
-            case 1: nn_tile(1, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
-            case 2: nn_tile(2, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
-            case 3: nn_tile(3, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
-            case 4: nn_tile(4, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 1: NN_TILE(1); break;
+            case 2: NN_TILE(2); break;
+            case 3: NN_TILE(3); break;
+            case 4: NN_TILE(4); break;
 #if NN_T > 4
-            case 5: nn_tile(5, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
-            case 6: nn_tile(6, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk); break;
+            case 5: NN_TILE(5); break;
+            case 6: NN_TILE(6); break;
 #endif
         }
+        ahead = NULL; /* once is enough */
     }
 }
 
-/* panel[nk, NN_W] = w[nk, nc] as float, missing columns 0. */
+/*
+ * panel[o / NN_W][nk, NN_W] = w[nk, nc] as float, missing columns 0. Row by row:
+ * W streams in long pieces even where its rows are a power of two apart.
+ */
 KNE_INLINE void
-nn_panel(float *panel, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, int64_t nc)
+nn_panels(float *panel, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, int64_t nc)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
 
     for (int64_t k = 0; k < nk; k++, w += ldw * size, panel += NN_W)
     {
-        UNROLL
-        for (int i = 0; i < NN_V; i++)
-        {
-            int64_t left = nc - i * VL;
+        float  *to = panel;
+        int64_t o = 0;
 
-            if (left >= VL)
-                vf_store(panel + i * VL, vf_load_w(w + i * VL * size, type));
-            else
-                vf_store(panel + i * VL, left > 0 ? vf_load_w_part(w + i * VL * size, type, (int) left)
-                                                  : vf_zero());
-        }
+        for (; o + NN_W <= nc; o += NN_W, to += NN_PANEL)
+            UNROLL
+            for (int i = 0; i < NN_V; i++)
+                vf_store(to + i * VL, vf_load_w(w + (o + i * VL) * size, type));
+        if (o < nc)
+            for (int i = 0; i < NN_V; i++, o += VL)
+            {
+                int64_t left = nc - o;
+
+                if (left >= VL)
+                    vf_store(to + i * VL, vf_load_w(w + o * size, type));
+                else
+                    vf_store(to + i * VL,
+                             left > 0 ? vf_load_w_part(w + o * size, type, (int) left) : vf_zero());
+            }
     }
 }
 
@@ -255,30 +309,39 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
          float *scratch)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
-    int64_t       n = r1 - r0, ldacc = (o1 - o0 + NN_W - 1) / NN_W * NN_W;
-    float        *acc = scratch;                      /* (NN_ROWS, NN_COLS) */
-    float        *panel = scratch + NN_ROWS * NN_COLS; /* (NN_K, NN_W) */
+    int64_t       n = r1 - r0, ldacc = (o1 - o0 + NN_W - 1) / NN_W * NN_W, step = g->ldw * size;
+    float        *acc = scratch;           /* (n, ldacc) */
+    float        *panel = scratch + NN_ACC; /* (NN_SUB / NN_W, NN_PANEL) */
     const float  *x = g->x + r0 * g->xs_row;
 
     if (g->k == 0)
         memset(acc, 0, (size_t) (n * ldacc) * sizeof(float));
     for (int64_t k = 0; k < g->k; k += NN_K)
     {
-        int64_t nk = g->k - k < NN_K ? g->k - k : NN_K;
+        int64_t      nk = g->k - k < NN_K ? g->k - k : NN_K;
+        const float *xk = x + k * g->xs_k;
+        const char  *w = g->w + (k * g->ldw + o0) * size, *below = w + NN_K * step;
+        int64_t      nc = o1 - o0, o = 0;
 
-        for (int64_t o = o0; o < o1; o += NN_W)
+        if (k + 2 * NN_K > g->k) /* the last whole block: nothing comes after it */
+            below = NULL;
+        if (n < NN_DIRECT)
+            for (; o + NN_W <= nc; o += NN_W)
+                nn_rows(n, acc + o, ldacc, k == 0, xk, g->xs_row, g->xs_k, w + o * size, type,
+                        g->ldw, nk, o + 2 * NN_W <= nc ? w + (o + NN_W) * size : below, step);
+        for (; o < nc; o += NN_SUB)
         {
-            const char  *w = g->w + (k * g->ldw + o) * size;
-            float       *a = acc + (o - o0);
-            const float *xk = x + k * g->xs_k;
+            int64_t sub = nc - o < NN_SUB ? nc - o : NN_SUB;
 
-            if (o + NN_W <= o1 && n < NN_DIRECT)
-                nn_rows(n, a, ldacc, k == 0, xk, g->xs_row, g->xs_k, w, type, g->ldw, nk);
-            else
+            nn_panels(panel, w + o * size, type, g->ldw, nk, sub);
+            for (int64_t i = 0; i < sub; i += NN_W)
             {
-                nn_panel(panel, w, type, g->ldw, nk, o1 - o);
-                nn_rows(n, a, ldacc, k == 0, xk, g->xs_row, g->xs_k, (const char *) panel, KNE_F32,
-                        NN_W, nk);
+                const char *ahead = o + i + NN_SUB + NN_W <= nc ? w + (o + i + NN_SUB) * size
+                                    : below && i + NN_W <= nc   ? below + i * size
+                                                                : NULL;
+
+                nn_rows(n, acc + o + i, ldacc, k == 0, xk, g->xs_row, g->xs_k,
+                        (const char *) (panel + i / NN_W * NN_PANEL), KNE_F32, NN_W, nk, ahead, step);
             }
         }
     }
@@ -294,13 +357,14 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 static void
 nn(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    _Static_assert((NN_ROWS * NN_COLS + NN_K * NN_W) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+    int64_t rows = r1 - r0 < NN_ROWS ? r1 - r0 : NN_ROWS, cols = NN_ACC / rows / NN_W * NN_W;
 
-    for (int64_t o = o0; o < o1; o += NN_COLS)
-        for (int64_t r = r0; r < r1; r += NN_ROWS)
+    _Static_assert((NN_ACC + NN_SUB / NN_W * NN_PANEL) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+    for (int64_t o = o0; o < o1; o += cols)
+        for (int64_t r = r0; r < r1; r += rows)
         {
-            int64_t oe = o + NN_COLS < o1 ? o + NN_COLS : o1;
-            int64_t re = r + NN_ROWS < r1 ? r + NN_ROWS : r1;
+            int64_t oe = o + cols < o1 ? o + cols : o1;
+            int64_t re = r + rows < r1 ? r + rows : r1;
 
             if (g->type == KNE_BF16)
                 nn_block(g, KNE_BF16, o, oe, r, re, scratch);

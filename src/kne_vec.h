@@ -14,6 +14,8 @@
 
 #define KNE_INLINE static inline __attribute__((always_inline, unused))
 
+typedef float v4 __attribute__((vector_size(16)));
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #include <immintrin.h>
@@ -55,9 +57,9 @@ vf_load_w_part(const char *p, const kne_dtype type, int n)
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
 }
 
-/* out[i] = the sum of v[i]'s lanes, i < 4. */
-KNE_INLINE void
-vf_sum4(float out[4], vf a, vf b, vf c, vf d)
+/* The sums of the lanes of a, b, c and d. */
+KNE_INLINE v4
+vf_sum4(vf a, vf b, vf c, vf d)
 {
     vf ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
     vf cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
@@ -67,8 +69,7 @@ vf_sum4(float out[4], vf a, vf b, vf c, vf d)
     s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
     s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
     s = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), s);
-    __m128 low = _mm512_castps512_ps128(s);
-    memcpy(out, &low, sizeof(low));
+    return (v4) _mm512_castps512_ps128(s);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -105,15 +106,15 @@ vf_load_w_part(const char *p, const kne_dtype type, int n)
     return vf_load_w(buf, type);
 }
 
-KNE_INLINE void
-vf_sum4(float out[4], vf a, vf b, vf c, vf d)
+KNE_INLINE v4
+vf_sum4(vf a, vf b, vf c, vf d)
 {
     __m128 s[4];
     vf     v[4] = {a, b, c, d};
 
     for (int i = 0; i < 4; i++)
         s[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
-    _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(s[0], s[1]), _mm_hadd_ps(s[2], s[3])));
+    return (v4) _mm_hadd_ps(_mm_hadd_ps(s[0], s[1]), _mm_hadd_ps(s[2], s[3]));
 }
 
 #else
@@ -168,13 +169,11 @@ vf_load_w_part(const char *p, const kne_dtype type, int n)
     return vf_load_w(buf, type);
 }
 
-KNE_INLINE void
-vf_sum4(float out[4], vf a, vf b, vf c, vf d)
+KNE_INLINE v4
+vf_sum4(vf a, vf b, vf c, vf d)
 {
-    vf v[4] = {a, b, c, d};
-
-    for (int i = 0; i < 4; i++)
-        out[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    return (v4) {(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]),
+                 (c[0] + c[2]) + (c[1] + c[3]), (d[0] + d[2]) + (d[1] + d[3])};
 }
 
 #endif
