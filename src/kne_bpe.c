@@ -481,7 +481,6 @@ kne_bpe_load(kne_bpe *bpe, cJSON *model, cJSON *added, size_t file_n, bool byte_
     KNE_TRY(kne_arena_commit(&bpe->arena, err));
     layout(bpe, &size, byte_level);
     bpe->n_id = size.n_id;
-    bpe->n_model = size.n_model;
     bpe->pool_n = 1; /* offset 0 means no token */
     KNE_TRY(load_vocab(bpe, vocab, err));
     KNE_TRY(load_options(bpe, model, err));

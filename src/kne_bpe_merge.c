@@ -19,7 +19,6 @@ kne_bpe_scratch_free(kne_bpe_scratch *scratch)
 {
     free(scratch->sym);
     free(scratch->heap_mem);
-    free(scratch->cache);
     kne_tokbuf_free(&scratch->text);
     *scratch = (kne_bpe_scratch) { 0 };
 }

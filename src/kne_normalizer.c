@@ -118,41 +118,99 @@ kne_normalizer_free(kne_normalizer *norm)
     *norm = (kne_normalizer) { 0 };
 }
 
-static kne_status
-unicode_form(int form, const char *s, size_t n, kne_tokbuf *out, kne_err *err)
+/*
+ * Characters that got a decomposition or a combining class in Unicode 10 to 15.
+ * The library's tables end before: it leaves these as they are, and nothing is
+ * ordered or composed across them. Models were trained on what it does.
+ */
+static const uint32_t left_alone[][2] = {
+    { 0x7FD, 0x7FD },     { 0x898, 0x89F },     { 0x8CA, 0x8D3 },     { 0x9FE, 0x9FE },
+    { 0xC3C, 0xC3C },     { 0xD3B, 0xD3C },     { 0xEBA, 0xEBA },     { 0x1715, 0x1715 },
+    { 0x1ABF, 0x1ACE },   { 0x1DF6, 0x1DFA },   { 0x32FF, 0x32FF },   { 0xA7F2, 0xA7F4 },
+    { 0xA82C, 0xA82C },   { 0xAB69, 0xAB69 },   { 0x10781, 0x10785 }, { 0x10787, 0x107B0 },
+    { 0x107B2, 0x107BA }, { 0x10D24, 0x10D27 }, { 0x10EAB, 0x10EAC }, { 0x10EFD, 0x10EFF },
+    { 0x10F46, 0x10F50 }, { 0x10F82, 0x10F85 }, { 0x11070, 0x11070 }, { 0x1133B, 0x1133B },
+    { 0x1145E, 0x1145E }, { 0x11839, 0x1183A }, { 0x11930, 0x11930 }, { 0x11938, 0x11938 },
+    { 0x1193D, 0x1193E }, { 0x11943, 0x11943 }, { 0x119E0, 0x119E0 }, { 0x11A34, 0x11A34 },
+    { 0x11A47, 0x11A47 }, { 0x11A99, 0x11A99 }, { 0x11D42, 0x11D42 }, { 0x11D44, 0x11D45 },
+    { 0x11D97, 0x11D97 }, { 0x11F41, 0x11F42 }, { 0x16FF0, 0x16FF1 }, { 0x1E030, 0x1E06D },
+    { 0x1E08F, 0x1E08F }, { 0x1E130, 0x1E136 }, { 0x1E2AE, 0x1E2AE }, { 0x1E2EC, 0x1E2EF },
+    { 0x1E4EC, 0x1E4EF }, { 0x1F16C, 0x1F16C }, { 0x1FBF0, 0x1FBF9 },
+};
+
+static bool
+is_left_alone(uint32_t cp)
 {
-    bool             plain = true;
-    size_t           marks = 0;
+    size_t lo = 0, hi = sizeof left_alone / sizeof *left_alone;
+
+    while (lo < hi)
+    {
+        size_t mid = (lo + hi) / 2;
+
+        if (left_alone[mid][1] < cp)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo < sizeof left_alone / sizeof *left_alone && left_alone[lo][0] <= cp;
+}
+
+static kne_status
+unicode_run(int form, const char *s, size_t n, kne_tokbuf *out, kne_err *err)
+{
     utf8proc_uint8_t *made;
     utf8proc_ssize_t  len;
+    kne_status        st;
 
-    /* Below U+0300 nothing composes; below U+00A0 nothing changes at all. */
-    for (size_t i = 0, k; i < n; i += k)
-    {
-        uint32_t cp = kne_u8_get(s + i, &k);
-
-        if (cp < ((form & UTF8PROC_COMPOSE) && !(form & UTF8PROC_COMPAT) ? 0x300u : 0xA0u))
-        {
-            marks = 0;
-            continue;
-        }
-        plain = false;
-        marks = utf8proc_get_property((utf8proc_int32_t) cp)->combining_class ? marks + 1 : 0;
-        if (marks > MAX_MARKS)
-            return kne_error(err, KNE_ERR_LIMIT, "more than %d combining marks in a row",
-                             MAX_MARKS);
-    }
-    if (plain)
-        return kne_tokbuf_add(out, s, n, err);
-    len = utf8proc_map((const utf8proc_uint8_t *) s, (utf8proc_ssize_t) n, &made, form);
+    len = utf8proc_map((const utf8proc_uint8_t *) s, (utf8proc_ssize_t) n, &made,
+                       (utf8proc_option_t) form);
     if (len == UTF8PROC_ERROR_NOMEM)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory in the tokenizer");
     if (len < 0)
         return kne_error(err, KNE_ERR_INTERNAL, "unicode normalisation failed: %s",
                          utf8proc_errmsg(len));
-    kne_status st = kne_tokbuf_add(out, made, (size_t) len, err);
+    st = kne_tokbuf_add(out, made, (size_t) len, err);
     free(made);
     return st;
+}
+
+static kne_status
+unicode_form(int form, const char *s, size_t n, kne_tokbuf *out, kne_err *err)
+{
+    /* Below U+0300 nothing composes; below U+00A0 nothing changes at all. */
+    uint32_t plain_end = (form & UTF8PROC_COMPOSE) && !(form & UTF8PROC_COMPAT) ? 0x300 : 0xA0;
+    size_t   from = 0, marks = 0;
+    bool     plain = true; /* from on */
+
+    for (size_t i = 0, k = 1; i <= n; i += k)
+    {
+        uint32_t cp = i < n ? kne_u8_get(s + i, &k) : 0;
+        bool     cut;
+
+        if (i < n && cp < plain_end)
+        {
+            marks = 0;
+            continue;
+        }
+        cut = i == n || is_left_alone(cp);
+        if (cut && plain)
+            KNE_TRY(kne_tokbuf_add(out, s + from, i - from, err));
+        else if (cut)
+            KNE_TRY(unicode_run(form, s + from, i - from, out, err));
+        if (i == n)
+            break;
+        plain = cut;
+        if (cut)
+        {
+            KNE_TRY(kne_tokbuf_add(out, s + i, k, err));
+            from = i + k;
+        }
+        marks = utf8proc_get_property((utf8proc_int32_t) cp)->combining_class ? marks + 1 : 0;
+        if (marks > MAX_MARKS)
+            return kne_error(err, KNE_ERR_LIMIT, "more than %d combining marks in a row",
+                             MAX_MARKS);
+    }
+    return KNE_OK;
 }
 
 static kne_status

@@ -238,9 +238,9 @@ kne_tokenizer_decode(const kne_tokenizer *t, const int32_t *id, int32_t n, bool 
     *len = 0;
     st = gather(t, id, n, skip_special, &tokens, err);
     if (st == KNE_OK)
-        st = kne_tokbuf_reserve(&tokens.buf, 1, err); /* a pointer, even if all texts are empty */
-    if (st == KNE_OK)
         st = kne_decoder_run(&t->dec, &tokens, &spare, err);
+    if (st == KNE_OK)
+        st = kne_tokbuf_reserve(&tokens.buf, 1, err); /* a pointer, even if all texts are empty */
     for (size_t i = 0; i < tokens.pieces.n && st == KNE_OK; i++)
     {
         if (i > 0 && !t->dec.present)

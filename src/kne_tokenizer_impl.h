@@ -35,7 +35,10 @@ kne_status kne_tok_grow(void **p, size_t *cap, size_t n, size_t elem_size, kne_e
 
 bool   kne_u8_valid(const char *s, size_t n);
 size_t kne_u8_put(uint32_t cp, char *out); /* bytes written, at most 4 */
-/* Bytes of the longest prefix of s that is at most max long and ends no character in the middle. */
+/*
+ * How many bytes of s to show in a message: at most max, no character cut, and
+ * up to a NUL or what stands for one (kne_tokjson_parse).
+ */
 int kne_u8_prefix(const char *s, size_t n, size_t max);
 /* Append s, each maximal ill-formed part replaced by U+FFFD (as WHATWG and Rust do it). */
 kne_status kne_u8_add_lossy(kne_tokbuf *out, const char *s, size_t n, kne_err *err);
@@ -183,7 +186,7 @@ typedef struct kne_bpe
     uint16_t       *first_char; /* (n_id) hashes of characters, for may_join; NULL: byte level */
     uint16_t       *last_char;
     uint8_t        *may_join;   /* bitmap */
-    int32_t         n_id, n_model;
+    int32_t         n_id;
     uint32_t        vocab_mask;
     int             merge_bits;
     int32_t         unk; /* -1: none */
@@ -203,15 +206,14 @@ int32_t    kne_bpe_find(const kne_bpe *bpe, const char *s, size_t n); /* -1: non
 /* Put an added token that the model does not have. */
 kne_status kne_bpe_add_token(kne_bpe *bpe, int32_t id, const char *s, size_t n, kne_err *err);
 
-/* What the merging of one word needs, and the words already merged in this call. */
+/* What the merging of one word needs. */
 typedef struct kne_bpe_scratch
 {
-    int32_t *sym; /* symbols of the word at hand */
-    size_t   n, cap;
-    void    *heap_mem;
-    size_t   heap_cap;
-    void    *cache;
-    kne_tokbuf  text;
+    int32_t   *sym; /* symbols of the word at hand */
+    size_t     n, cap;
+    void      *heap_mem; /* of a long word */
+    size_t     heap_cap;
+    kne_tokbuf text; /* a piece in the byte-level alphabet */
 } kne_bpe_scratch;
 void kne_bpe_scratch_free(kne_bpe_scratch *scratch);
 

@@ -174,12 +174,13 @@ kne_u8_put(uint32_t cp, char *out)
 int
 kne_u8_prefix(const char *s, size_t n, size_t max)
 {
-    size_t i;
+    size_t i = 0;
 
-    if (n <= max)
-        return (int) n;
-    for (i = max; i > 0 && ((unsigned char) s[i] & 0xC0) == 0x80; i--)
-        ;
+    while (i < n && i < max && s[i] && (unsigned char) s[i] != 0xFF)
+        i++;
+    if (i == max && i < n)
+        while (i > 0 && ((unsigned char) s[i] & 0xC0) == 0x80)
+            i--;
     return (int) i;
 }
 
