@@ -3,19 +3,20 @@
 #   make demo      does the main job for real, in a private PostgreSQL under a temporary folder
 #   make test      the same set-up, and every test
 #   make, make install, make installcheck, make uninstall     plain PGXS (PG_CONFIG=...)
+#   make shell     a psql on such a server, bundled model loaded
 #   make bench     speed and quality, measured
 #
 # demo, test and bench install what is missing (as root; otherwise they say what to install),
 # so they must work before there is a pg_config: they stand apart from PGXS.
 
 PG_CONFIG ?= pg_config
-APART = demo test bench setup engine engine-tests engine-bench clean-engine
+APART = demo test bench shell setup engine engine-tests engine-bench clean-engine
 
 ifneq ($(filter $(APART),$(MAKECMDGOALS)),)
 
 include src/engine.mk
 
-demo test bench setup:
+demo test bench shell setup:
 	@test/run.sh $@
 
 clean-engine:

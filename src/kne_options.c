@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define AT(field) offsetof(kne_options, field)
@@ -26,16 +27,16 @@ const kne_option kne_option_table[] = {
     {"layer_max", KNE_OPT_INT, AT(layer_max), -1, -1, 4096, NULL, "Highest layer of the ensemble; -1 is the last."},
     {"matrices", KNE_OPT_ENUM, AT(matrices), 0, 0, 0, "down|all", "What moves: value vectors, or keys too."},
     {"step", KNE_OPT_ENUM, AT(step), 0, 0, 0, "protected|adam", "Step in the metric of known facts' activations, or plain Adam."},
-    {"lr", KNE_OPT_REAL, AT(lr), 0.01, 1e-9, 10, NULL, "Step size; of a protected step, relative to the ensemble's norm."},
+    {"lr", KNE_OPT_REAL, AT(lr), 0.02, 1e-9, 10, NULL, "Step size; of a protected step, relative to the ensemble's norm."},
     {"momentum", KNE_OPT_REAL, AT(momentum), 0.9, 0, 0.999, NULL, "Momentum of the protected step."},
     {"ridge", KNE_OPT_REAL, AT(ridge), 0.01, 1e-9, 1e6, NULL, "Ridge of the metric, times its mean diagonal."},
     {"alpha", KNE_OPT_REAL, AT(alpha), 0, 0, 1e6, NULL, "Factor alpha of the update alpha/sqrt(n); 0 takes sqrt(n), so that a step is what lr says."},
     {"max_steps", KNE_OPT_INT, AT(max_steps), 100, 1, 10000, NULL, "Steps after which an edit fails."},
     {"probability", KNE_OPT_REAL, AT(probability), 0.95, 0.01, 0.9999, NULL, "Probability every object token must reach."},
     {"beta", KNE_OPT_REAL, AT(beta), 1, 0, 1000, NULL, "Weight of the anchors' divergence."},
-    {"anchors", KNE_OPT_INT, AT(anchors), 16, 0, 4096, NULL, "Most anchor facts of an edit."},
+    {"anchors", KNE_OPT_INT, AT(anchors), 8, 0, 4096, NULL, "Most anchor facts of an edit."},
     {"protect", KNE_OPT_INT, AT(protect), 512, 0, 65536, NULL, "Most known facts behind the metric of the protected step."},
-    {"phrasings", KNE_OPT_INT, AT(phrasings), 0, 0, 64, NULL, "Paraphrases of the relation that train with its prompt."},
+    {"phrasings", KNE_OPT_INT, AT(phrasings), 2, 0, 64, NULL, "Paraphrases of the relation that train with its prompt."},
     {"seed", KNE_OPT_REAL, AT(seed), 0, 0, 9007199254740991.0, NULL, "Seed of every sample."},
 };
 const int kne_option_count = sizeof kne_option_table / sizeof kne_option_table[0];
@@ -147,7 +148,26 @@ kne_options_check(const kne_options *o, kne_err *err)
     if (o->layer_max >= 0 && o->layer_min > o->layer_max)
         return kne_error(err, KNE_ERR_INVALID, "edit option \"layer_min\" (%d) is above \"layer_max\" (%d)",
                          o->layer_min, o->layer_max);
+    if (o->seed != floor(o->seed))
+        return kne_error(err, KNE_ERR_INVALID, "edit option \"seed\" must be a whole number");
     return KNE_OK;
+}
+
+/* The shortest text that reads back as v: 0.1, not 0.10000000000000001. */
+static int
+print_number(char *buf, size_t size, double v)
+{
+    int n = 0;
+
+    for (int digits = 15; digits <= 17; digits++)
+    {
+        char text[32];
+
+        n = snprintf(text, sizeof text, "%.*g", digits, v);
+        if (strtod(text, NULL) == v || digits == 17)
+            return snprintf(buf, size, "%s", text);
+    }
+    return n;
 }
 
 void
@@ -174,7 +194,7 @@ kne_options_print(const kne_options *o, char *buf, size_t size)
         else if (opt->kind == KNE_OPT_BOOL)
             at += (size_t) snprintf(buf + at, size - at, v != 0 ? "true" : "false");
         else
-            at += (size_t) snprintf(buf + at, size - at, "%.17g", v);
+            at += (size_t) print_number(buf + at, size - at, v);
     }
     if (at < size)
         snprintf(buf + at, size - at, "}");
