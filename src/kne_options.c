@@ -157,17 +157,13 @@ kne_options_check(const kne_options *o, kne_err *err)
 static int
 print_number(char *buf, size_t size, double v)
 {
-    int n = 0;
+    char text[32];
+    int  digits = 15;
 
-    for (int digits = 15; digits <= 17; digits++)
-    {
-        char text[32];
-
-        n = snprintf(text, sizeof text, "%.*g", digits, v);
-        if (strtod(text, NULL) == v || digits == 17)
-            return snprintf(buf, size, "%s", text);
-    }
-    return n;
+    do
+        snprintf(text, sizeof text, "%.*g", digits, v);
+    while (strtod(text, NULL) != v && ++digits <= 17);
+    return snprintf(buf, size, "%s", text);
 }
 
 void

@@ -4,6 +4,7 @@
 #include "kne_options.h"
 
 #include <cjson/cJSON.h>
+#include <string.h>
 
 kne_status
 kne_options_parse(kne_options *o, const char *json, size_t len, kne_err *err)
@@ -14,8 +15,11 @@ kne_options_parse(kne_options *o, const char *json, size_t len, kne_err *err)
     if (len == 0)
         return KNE_OK;
 
-    cJSON *root = cJSON_ParseWithLength(json, len);
-    if (!cJSON_IsObject(root))
+    const char *end = json;
+    cJSON      *root = cJSON_ParseWithLengthOpts(json, len, &end, false);
+    while (end < json + len && strchr(" \t\r\n", *end) && *end)
+        end++;
+    if (!cJSON_IsObject(root) || end != json + len)
         st = kne_error(err, KNE_ERR_INVALID, "edit options are not a JSON object");
     for (const cJSON *c = root && st == KNE_OK ? root->child : NULL; c && st == KNE_OK; c = c->next)
     {
