@@ -260,7 +260,7 @@ set_signals(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
     set_signal(SIGTERM, on_terminate);
     set_signal(SIGINT, on_terminate);
-    set_signal(SIGQUIT, SIG_DFL);
+    set_signal(SIGQUIT, on_terminate);
     set_signal(SIGBUS, on_bus_error);
     set_signal(SIGPIPE, SIG_IGN);
     set_signal(SIGHUP, SIG_IGN); /* reloads are the server's affair */

@@ -185,8 +185,10 @@ kne_pool_new(int n_threads, kne_pool **out, kne_err *err)
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->finished, NULL);
 
-    /* The threads inherit the mask: signals are the main thread's business. */
+    /* The threads inherit the mask: signals are the main thread's business, but for a fault of their own
+     * (a model file truncated under its map), whose handler must run where it happens. */
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (int i = 1; i < n_threads && rc == 0; i++)
     {

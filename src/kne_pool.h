@@ -1,5 +1,5 @@
 /*
- * kne_pool.h - the engine's thread pool: all signals blocked in its threads,
+ * kne_pool.h - the engine's thread pool: all signals but SIGBUS blocked in its threads,
  * parked on a condition variable when idle, never OpenMP.
  */
 #ifndef KNE_POOL_H

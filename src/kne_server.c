@@ -35,6 +35,7 @@
 #define MAX_PENDING       256         /* unanswered requests of one connection, */
 #define MAX_PENDING_BYTES (64u << 20) /* and their bodies, before it is no longer read from */
 #define PROGRESS_BACKLOG  65536       /* unread bytes above which a client gets no more PROGRESS */
+#define MAX_WRITE         (4u << 20)  /* bytes to one connection before the others' turn */
 #define STOP_SECONDS      0.2         /* grace of the compute thread at the end */
 
 typedef struct conn
@@ -217,11 +218,13 @@ conn_refuse(conn *c, uint32_t id, const kne_err *err)
     return conn_error(c, id, err);
 }
 
-/* Write what the socket takes. False: the client is gone. */
+/* Write what the socket takes, a bounded amount: a reader as fast as this loop must not hold it. False: gone. */
 static bool
 conn_write(conn *c)
 {
-    while (c->out_first)
+    size_t before = c->out_bytes;
+
+    while (c->out_first && before - c->out_bytes < MAX_WRITE)
     {
         kne_request *rq = c->out_first;
         ssize_t      n = send(c->fd, rq->reply + rq->sent, rq->reply_len - rq->sent,

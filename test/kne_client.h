@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CLIENT_SECONDS 60
+#define CLIENT_SECONDS 300
 
 /* ---- frames ---- */
 
@@ -141,7 +141,7 @@ client_recv(int fd)
     return a;
 }
 
-/* Send, and wait for the final answer; PROGRESS frames are counted and dropped. Frees body's memory. */
+/* Send, and wait for the final answer; PROGRESS is counted, answers to others dropped. Frees body's memory. */
 static inline answer
 client_call_counting(int fd, uint16_t type, uint32_t id, kne_wbuf *body, int *n_progress)
 {
@@ -156,9 +156,9 @@ client_call_counting(int fd, uint16_t type, uint32_t id, kne_wbuf *body, int *n_
     for (;;)
     {
         a = client_recv(fd);
-        if (a.type != KNE_MSG_PROGRESS)
+        if (a.type == 0 || (a.type != KNE_MSG_PROGRESS && a.id == id))
             return a;
-        if (n_progress)
+        if (n_progress && a.type == KNE_MSG_PROGRESS)
             ++*n_progress;
         answer_free(&a);
     }
