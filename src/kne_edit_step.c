@@ -268,7 +268,7 @@ reached(const batch *b, const edit *e, int32_t out)
 {
     for (int32_t p = 0; p < e->spec->n_prompts; p++)
         for (int32_t j = e->prompt[p].n_prompt; j < e->prompt[p].n; j++, out++)
-            if (b->best[out] != b->pack.target[out] || exp(b->logp[out]) < b->opt.probability)
+            if (b->best[out] != b->pack.target[out] || !(exp(b->logp[out]) >= b->opt.probability)) /* NaN is no answer */
                 return false;
     return true;
 }
@@ -576,8 +576,8 @@ kne_batch_optimise(batch *b, kne_err *err)
 
         st = kne_batch_pause(b, err);
         report(b, KNE_PHASE_OPTIMISE, step);
-        /* each round makes a step of somebody's budget or ends; anything else would be a loop */
-        if (st == KNE_OK && step > (job->n_edits + 1) * (b->opt.max_steps + 2))
+        /* of two rounds one makes a step of somebody's budget or ends; anything else would be a loop */
+        if (st == KNE_OK && step / 2 > (int64_t) (job->n_edits + 1) * (b->opt.max_steps + 2))
             st = kne_error(err, KNE_ERR_INTERNAL, "the batch does not settle");
         if (st != KNE_OK)
             break;
@@ -585,9 +585,13 @@ kne_batch_optimise(batch *b, kne_err *err)
         if (count_state(b, EDIT_ACTIVE) == 0)
         {
             /* all reached, one after another: do they all hold together? */
+            int32_t ended = count_state(b, EDIT_ENDED);
+
             while (st == KNE_OK && fill_pass(b, EDIT_REACHED, &next, false))
                 if ((st = run_pass(b, false, err)) == KNE_OK)
                     st = kne_batch_pause(b, err);
+            if (count_state(b, EDIT_ENDED) != ended)
+                continue; /* cancelled meanwhile: the others were checked with its delta in */
             if (count_state(b, EDIT_ACTIVE) == 0)
                 break;
             next = 0;
