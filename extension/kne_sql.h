@@ -18,9 +18,9 @@
 typedef struct KnePlan
 {
     const char *sql;
-    int         nargs;
-    Oid         types[KNE_MAX_ARGS];
-    SPIPlanPtr  plan;
+    int nargs;
+    Oid types[KNE_MAX_ARGS];
+    SPIPlanPtr plan;
 } KnePlan;
 
 /* How a statement looks at the database. */
@@ -34,19 +34,23 @@ typedef enum KneLook
 /* Nested calls are fine; what SPI returns lives until kne_spi_finish. */
 extern void kne_spi_connect(void);
 extern void kne_spi_finish(void);
-/* Run it and return how many rows there were. `nulls` as SPI takes it: ' ' or 'n' for each argument, or NULL. */
+/* Run it and return how many rows there were. `nulls` as SPI takes it: ' ' or 'n' for each argument, or NULL.
+ */
 extern uint64 kne_spi(KnePlan *p, KneLook look, Datum *values, const char *nulls);
 /* Columns (from 1) of row i of the last result. text: in `mcxt`, NULL when null. */
 extern Datum kne_spi_datum(uint64 row, int col, bool *isnull);
 extern int64 kne_spi_int8(uint64 row, int col);
 extern int32 kne_spi_int4(uint64 row, int col);
-extern bool  kne_spi_bool(uint64 row, int col); /* false when null */
+extern bool kne_spi_bool(uint64 row, int col); /* false when null */
 extern char *kne_spi_text(uint64 row, int col, MemoryContext mcxt);
 
 /* The role that called, outside of kne's own SECURITY DEFINER. */
 extern const char *kne_caller(void);
 
-/* An event by a user: like kne_event, with who and whence added to the detail. `key`: `value` too unless value is NULL. */
+/*
+ * An event by a user: like kne_event, with who and whence added to the detail. `key`: `value` too unless
+ * value is NULL.
+ */
 extern void kne_event_user(int64 edit_id, const char *event, const char *key, const char *value);
 
 /* ERROR unless text is there and not blank. */

@@ -1,11 +1,12 @@
 /*
- * known.c - the facts that protect: what the knowledge base says a model should know, chosen for one batch of edits.
+ * known.c - the facts that protect: what the knowledge base says a model should know, chosen for one batch of
+ * edits.
  *
- * They serve the engine three ways (docs/method): as anchors of each edit (its neighbours), as the reference of the
- * contrast, and as what the protected step must not disturb. So a choice has both: neighbours of the batch first, and a sample
- * of everything else. The same rows and the same seed give the same choice in the same order: the order is by a hash of the
- * fact's text, never by time or row number. A fact being edited is not among them, and of two rows for one
- * (subject, relation) the one that an edit made counts.
+ * They serve the engine three ways (docs/method): as anchors of each edit (its neighbours), as the reference
+ * of the contrast, and as what the protected step must not disturb. So a choice has both: neighbours of the
+ * batch first, and a sample of everything else. The same rows and the same seed give the same choice in the
+ * same order: the order is by a hash of the fact's text, never by time or row number. A fact being edited is
+ * not among them, and of two rows for one (subject, relation) the one that an edit made counts.
  */
 #include "kne_sql.h"
 
@@ -27,11 +28,13 @@
 char *
 kne_prompt(const char *subject, const char *relation)
 {
-    static KnePlan plan = {"SELECT " PROMPT("$1", "$2") " FROM (SELECT) one LEFT JOIN kne.relation r ON r.relation = $2",
-                           2, {TEXTOID, TEXTOID}};
-    MemoryContext  mcxt = CurrentMemoryContext;
-    Datum          values[2];
-    char          *prompt;
+    static KnePlan plan = {
+        "SELECT " PROMPT("$1", "$2") " FROM (SELECT) one LEFT JOIN kne.relation r ON r.relation = $2",
+        2,
+        {TEXTOID, TEXTOID}};
+    MemoryContext mcxt = CurrentMemoryContext;
+    Datum values[2];
+    char *prompt;
 
     values[0] = CStringGetTextDatum(subject);
     values[1] = CStringGetTextDatum(relation);
@@ -45,12 +48,14 @@ kne_prompt(const char *subject, const char *relation)
 int
 kne_paraphrases(const char *subject, const char *relation, int max, char ***out)
 {
-    static KnePlan plan = {"SELECT replace(p, '{}', $1) FROM kne.relation r, unnest(r.paraphrases) WITH ORDINALITY u (p, n)"
-                           " WHERE r.relation = $2 AND position('{}' IN p) > 0 ORDER BY n LIMIT $3",
-                           3, {TEXTOID, TEXTOID, INT4OID}};
-    MemoryContext  mcxt = CurrentMemoryContext;
-    Datum          values[3];
-    int            n;
+    static KnePlan plan = {
+        "SELECT replace(p, '{}', $1) FROM kne.relation r, unnest(r.paraphrases) WITH ORDINALITY u (p, n)"
+        " WHERE r.relation = $2 AND position('{}' IN p) > 0 ORDER BY n LIMIT $3",
+        3,
+        {TEXTOID, TEXTOID, INT4OID}};
+    MemoryContext mcxt = CurrentMemoryContext;
+    Datum values[3];
+    int n;
 
     values[0] = CStringGetTextDatum(subject);
     values[1] = CStringGetTextDatum(relation);
@@ -77,14 +82,14 @@ text_array(char **s, int n)
 }
 
 /*
- * Run one of the queries below and add its rows to (*list, n). Two rows of one (subject, relation) have the same hash, so they
- * come together, and the first is the one that counts.
+ * Run one of the queries below and add its rows to (*list, n). Two rows of one (subject, relation) have the
+ * same hash, so they come together, and the first is the one that counts.
  */
 static int
 collect(KnePlan *plan, Datum *values, MemoryContext mcxt, KneKnown **list)
 {
     uint64 rows;
-    int    n = 0;
+    int n = 0;
 
     kne_spi_connect();
     rows = kne_spi(plan, KNE_READ, values, NULL);
@@ -92,12 +97,13 @@ collect(KnePlan *plan, Datum *values, MemoryContext mcxt, KneKnown **list)
     for (uint64 i = 0; i < rows; i++)
     {
         KneKnown *k = &(*list)[n];
-        bool      isnull;
-        Datum     edit_id;
+        bool isnull;
+        Datum edit_id;
 
         k->subject = kne_spi_text(i, 1, mcxt);
         k->relation = kne_spi_text(i, 2, mcxt);
-        if (n > 0 && k->relation[0] && strcmp(k->subject, k[-1].subject) == 0 && strcmp(k->relation, k[-1].relation) == 0)
+        if (n > 0 && k->relation[0] && strcmp(k->subject, k[-1].subject) == 0 &&
+            strcmp(k->relation, k[-1].relation) == 0)
             continue;
         k->object = kne_spi_text(i, 3, mcxt);
         k->prompt = kne_spi_text(i, 4, mcxt);
@@ -110,34 +116,43 @@ collect(KnePlan *plan, Datum *values, MemoryContext mcxt, KneKnown **list)
 }
 
 int
-kne_known_facts(KneModel *model, int n_edits, char **subject, char **relation, int most, uint64 seed, KneKnown **out)
+kne_known_facts(KneModel *model, int n_edits, char **subject, char **relation, int most, uint64 seed,
+                KneKnown **out)
 {
 /* $1 model, $2 subjects, $3 relations of the batch, pairwise, $4 seed, $5 limit */
-#define FACTS                                                                                                    \
-    "SELECT f.subject, f.relation, f.object, " PROMPT("f.subject", "f.relation") ", f.edit_id FROM kne.fact f"   \
-    " LEFT JOIN kne.relation r ON r.relation = f.relation WHERE f.model_id = $1 AND f.valid_to IS NULL"
+#define FACTS                                                                                    \
+    "SELECT f.subject, f.relation, f.object, " PROMPT("f.subject", "f.relation") ", f.edit_id"   \
+    " FROM kne.fact f LEFT JOIN kne.relation r ON r.relation = f.relation"                       \
+    " WHERE f.model_id = $1 AND f.valid_to IS NULL"
 #define RELATED "(f.relation = ANY ($3) OR f.subject = ANY ($2))"
-#define EDITED  "EXISTS (SELECT FROM unnest($2, $3) e (s, r) WHERE e.s = f.subject AND e.r = f.relation)"
-#define ORDER                                                                                        \
+#define EDITED "EXISTS (SELECT FROM unnest($2, $3) e (s, r) WHERE e.s = f.subject AND e.r = f.relation)"
+#define ORDER                                                                                               \
     " ORDER BY hashtextextended((f.subject || E'\\n' || f.relation) COLLATE \"C\", $4), f.edit_id IS NULL," \
     " f.edit_id DESC, f.object COLLATE \"C\" LIMIT $5"
-#define TYPES 5, {INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT8OID, INT4OID}
+#define TYPES                                                 \
+    5,                                                        \
+    {                                                         \
+        INT4OID, TEXTARRAYOID, TEXTARRAYOID, INT8OID, INT4OID \
+    }
     static KnePlan related = {FACTS " AND " RELATED " AND NOT " EDITED ORDER, TYPES};
     static KnePlan by_edits = {FACTS " AND NOT " RELATED " AND f.edit_id IS NOT NULL" ORDER, TYPES};
-    static KnePlan others = {FACTS " AND NOT " RELATED " AND f.edit_id IS NULL AND NOT EXISTS (SELECT FROM kne.fact e"
+    static KnePlan others = {FACTS " AND NOT " RELATED
+                                   " AND f.edit_id IS NULL AND NOT EXISTS (SELECT FROM kne.fact e"
                                    " WHERE e.model_id = $1 AND e.valid_to IS NULL AND e.edit_id IS NOT NULL"
-                                   " AND e.subject = f.subject AND e.relation = f.relation)" ORDER, TYPES};
+                                   " AND e.subject = f.subject AND e.relation = f.relation)" ORDER,
+                             TYPES};
     /* The prompts of the general list are free text: whatever speaks of a subject being edited stays out. */
-    static KnePlan general = {"SELECT '', '', g.object, g.prompt, NULL::bigint FROM kne.general_fact g WHERE $1 IS NOT NULL"
-                              " AND $3 IS NOT NULL AND NOT EXISTS (SELECT FROM unnest($2) e (s)"
-                              " WHERE position(lower(e.s) IN lower(g.prompt)) > 0)"
-                              " ORDER BY hashtextextended(g.prompt COLLATE \"C\", $4), g.prompt COLLATE \"C\" LIMIT $5",
-                              TYPES};
+    static KnePlan general = {
+        "SELECT '', '', g.object, g.prompt, NULL::bigint FROM kne.general_fact g WHERE $1 IS NOT NULL"
+        " AND $3 IS NOT NULL AND NOT EXISTS (SELECT FROM unnest($2) e (s)"
+        " WHERE position(lower(e.s) IN lower(g.prompt)) > 0)"
+        " ORDER BY hashtextextended(g.prompt COLLATE \"C\", $4), g.prompt COLLATE \"C\" LIMIT $5",
+        TYPES};
     MemoryContext mcxt = CurrentMemoryContext;
-    Datum         values[5];
-    KneKnown     *list[4];
-    int           have[4], take[4];
-    int           n = 0;
+    Datum values[5];
+    KneKnown *list[4];
+    int have[4], take[4];
+    int n = 0;
 
     *out = palloc(sizeof(KneKnown) * Max(most, 1));
     if (most <= 0)
@@ -177,15 +192,16 @@ is_near(const KneKnown *k, int how, const char *subject, const char *relation)
 
     if (same_relation && same_subject)
         return false; /* the fact itself */
-    return how == 0 ? same_relation : how == 1 ? same_subject && !same_relation
-                                               : k->edit_id != 0 && !same_subject && !same_relation;
+    return how == 0   ? same_relation
+           : how == 1 ? same_subject && !same_relation
+                      : k->edit_id != 0 && !same_subject && !same_relation;
 }
 
 int
-kne_anchors(const KneKnown *known, int n_known, const char *subject, const char *relation, int most, uint64 seed,
-            int32 **out)
+kne_anchors(const KneKnown *known, int n_known, const char *subject, const char *relation, int most,
+            uint64 seed, int32 **out)
 {
-    int    n = 0, have[3] = {0}, take[3];
+    int n = 0, have[3] = {0}, take[3];
     uint64 h;
 
     *out = palloc(sizeof(int32) * Max(Min(most, n_known), 1));
@@ -195,7 +211,10 @@ kne_anchors(const KneKnown *known, int n_known, const char *subject, const char 
         for (int how = 0; how < 3; how++)
             have[how] += is_near(&known[i], how, subject, relation);
 
-    /* Half for the relation, a quarter each for the subject and for earlier edits; the rest to whoever has more. */
+    /*
+     * Half for the relation, a quarter each for the subject and for earlier edits; the rest to whoever has
+     * more.
+     */
     take[0] = Min(have[0], Max(most / 2, most - have[1] - have[2]));
     take[1] = Min(have[1], Max(most / 4, most - take[0] - have[2]));
     take[1] = Min(take[1], most - take[0]);
@@ -222,15 +241,16 @@ kne_anchors(const KneKnown *known, int n_known, const char *subject, const char 
 /* ---------------------------------------------------------------- the message */
 
 void
-kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_edits, const KneEditSpec *edit)
+kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_edits,
+                  const KneEditSpec *edit)
 {
     /* The buffer grows in the context of its first byte; what is made here goes at the end. */
     MemoryContext mcxt = AllocSetContextCreate(CurrentMemoryContext, "kne edit body", ALLOCSET_DEFAULT_SIZES);
     MemoryContext old;
-    kne_options   options;
-    char        **subject, **relation;
-    KneKnown     *known;
-    int           n_known;
+    kne_options options;
+    char **subject, **relation;
+    KneKnown *known;
+    int n_known;
 
     kne_put_str(w, options_json && options_json[0] ? options_json : "{}");
     old = MemoryContextSwitchTo(mcxt);
@@ -243,7 +263,8 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
         relation[i] = edit[i].relation;
     }
     n_known = kne_known_facts(model, n_edits, subject, relation,
-                              Max(Max(options.protect, options.reference), options.anchors), (uint64) options.seed, &known);
+                              Max(Max(options.protect, options.reference), options.anchors),
+                              (uint64) options.seed, &known);
     kne_put_u32(w, (uint32) n_known);
     for (int i = 0; i < n_known; i++)
     {
@@ -256,7 +277,7 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
     {
         char **phrasing;
         int32 *anchor;
-        int    n = kne_paraphrases(edit[i].subject, edit[i].relation, options.phrasings, &phrasing);
+        int n = kne_paraphrases(edit[i].subject, edit[i].relation, options.phrasings, &phrasing);
 
         kne_put_i64(w, edit[i].edit_id);
         kne_put_u32(w, (uint32) n + 1);
@@ -264,7 +285,8 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
         for (int k = 0; k < n; k++)
             kne_put_text(w, phrasing[k]);
         kne_put_text(w, edit[i].object);
-        n = kne_anchors(known, n_known, edit[i].subject, edit[i].relation, options.anchors, (uint64) options.seed, &anchor);
+        n = kne_anchors(known, n_known, edit[i].subject, edit[i].relation, options.anchors,
+                        (uint64) options.seed, &anchor);
         kne_put_u32(w, (uint32) n);
         for (int k = 0; k < n; k++)
             kne_put_i32(w, anchor[k]);

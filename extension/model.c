@@ -1,9 +1,9 @@
 /*
  * model.c - kne_load_model, kne_drop_model, and looking models up.
  *
- * A model is a folder on the server; its row keeps the folder's real path and fingerprint, and the engine opens it
- * when a request first asks for it. Which folders may be named is decided here and only here: those below
- * kne.model_dir once every symbolic link is resolved, or any for a member of pg_read_server_files.
+ * A model is a folder on the server; its row keeps the folder's real path and fingerprint, and the engine
+ * opens it when a request first asks for it. Which folders may be named is decided here and only here: those
+ * below kne.model_dir once every symbolic link is resolved, or any for a member of pg_read_server_files.
  */
 #include "kne_sql.h"
 
@@ -46,20 +46,24 @@ kne_model_by_name(const char *name)
     static KnePlan by_name = {MODEL_COLUMNS "name = $1", 1, {TEXTOID}};
     static KnePlan by_default = {MODEL_COLUMNS "is_default"};
     static KnePlan any = {"SELECT EXISTS (SELECT FROM kne.model)"};
-    MemoryContext  mcxt = CurrentMemoryContext;
-    KneModel      *m;
-    Datum          value = name ? CStringGetTextDatum(name) : (Datum) 0;
+    MemoryContext mcxt = CurrentMemoryContext;
+    KneModel *m;
+    Datum value = name ? CStringGetTextDatum(name) : (Datum) 0;
 
     kne_spi_connect();
     if (kne_spi(name ? &by_name : &by_default, KNE_READ, name ? &value : NULL, NULL) == 0)
     {
         if (name)
-            ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("model \"%s\" does not exist", name),
-                            errhint("SELECT name FROM kne.model lists the models; kne_load_model(name, path) adds one.")));
+            ereport(
+                ERROR,
+                (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("model \"%s\" does not exist", name),
+                 errhint(
+                     "SELECT name FROM kne.model lists the models; kne_load_model(name, path) adds one.")));
         kne_spi(&any, KNE_READ, NULL, NULL);
         if (kne_spi_bool(0, 1))
-            ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("no model is the default"),
-                            errhint("Name the model, or UPDATE kne.model SET is_default = true for one of them.")));
+            ereport(ERROR,
+                    (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("no model is the default"),
+                     errhint("Name the model, or UPDATE kne.model SET is_default = true for one of them.")));
         ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("no model is loaded"),
                         errhint("Load one with kne_load_model(name, path).")));
     }
@@ -72,9 +76,9 @@ KneModel *
 kne_model_by_id(int32 model_id)
 {
     static KnePlan by_id = {MODEL_COLUMNS "model_id = $1", 1, {INT4OID}};
-    MemoryContext  mcxt = CurrentMemoryContext;
-    Datum          value = Int32GetDatum(model_id);
-    KneModel      *m;
+    MemoryContext mcxt = CurrentMemoryContext;
+    Datum value = Int32GetDatum(model_id);
+    KneModel *m;
 
     kne_spi_connect();
     if (kne_spi(&by_id, KNE_READ, &value, NULL) == 0)
@@ -104,12 +108,13 @@ is_below(const char *path, const char *dir)
 static char *
 resolve(const char *path)
 {
-    bool  any = has_privs_of_role(GetOuterUserId(), ROLE_PG_READ_SERVER_FILES);
+    bool any = has_privs_of_role(GetOuterUserId(), ROLE_PG_READ_SERVER_FILES);
     char *real, *dir = NULL, *result;
-    int   save_errno;
+    int save_errno;
 
     if (!is_absolute_path(path))
-        ereport(ERROR, (errcode(ERRCODE_INVALID_NAME), errmsg("the path of a model must be absolute, not \"%s\"", path)));
+        ereport(ERROR, (errcode(ERRCODE_INVALID_NAME),
+                        errmsg("the path of a model must be absolute, not \"%s\"", path)));
     real = realpath(path, NULL);
     save_errno = errno;
     if (kne_model_dir && kne_model_dir[0])
@@ -118,21 +123,22 @@ resolve(const char *path)
     if (!any)
     {
         char *lexical = pstrdup(path);
-        bool  inside;
+        bool inside;
 
         /* A path that leads nowhere says so only where this caller may look. */
         canonicalize_path(lexical);
-        inside = dir && (real ? is_below(real, dir) : is_below(lexical, dir) && strstr(lexical, "..") == NULL);
+        inside =
+            dir && (real ? is_below(real, dir) : is_below(lexical, dir) && strstr(lexical, "..") == NULL);
         if (!inside)
         {
             free(real);
             free(dir);
-            ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-                            errmsg("path \"%s\" is not below kne.model_dir", path),
-                            errdetail("Only members of pg_read_server_files load models from elsewhere."),
-                            kne_model_dir && kne_model_dir[0]
-                                ? errhint("kne.model_dir is \"%s\".", kne_model_dir)
-                                : errhint("kne.model_dir is not set.")));
+            ereport(ERROR,
+                    (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+                     errmsg("path \"%s\" is not below kne.model_dir", path),
+                     errdetail("Only members of pg_read_server_files load models from elsewhere."),
+                     kne_model_dir && kne_model_dir[0] ? errhint("kne.model_dir is \"%s\".", kne_model_dir)
+                                                       : errhint("kne.model_dir is not set.")));
         }
         pfree(lexical);
     }
@@ -140,8 +146,11 @@ resolve(const char *path)
     if (!real)
     {
         errno = save_errno;
-        ereport(ERROR, (errcode_for_file_access(), errmsg("could not open model folder \"%s\": %m", path),
-                        errhint("The path names a folder on the server with config.json, *.safetensors and tokenizer.json.")));
+        ereport(
+            ERROR,
+            (errcode_for_file_access(), errmsg("could not open model folder \"%s\": %m", path),
+             errhint("The path names a folder on the server with config.json,"
+                         " *.safetensors and tokenizer.json.")));
     }
     result = pstrdup(real);
     free(real);
@@ -154,17 +163,19 @@ kne_load_model(PG_FUNCTION_ARGS)
     static KnePlan exists = {"SELECT 1 FROM kne.model WHERE name = $1", 1, {TEXTOID}};
     static KnePlan undefault = {"UPDATE kne.model SET is_default = false WHERE is_default"};
     static KnePlan insert = {
-        "INSERT INTO kne.model (name, path, architecture, n_layers, d_model, d_ff, vocab_size, n_ctx, gated, dtype,"
-        " fingerprint, is_default) SELECT $1, $2, s.v[1], i.v[1], i.v[2], i.v[3], i.v[4], i.v[5], $5, s.v[2], s.v[3], $6"
+        "INSERT INTO kne.model (name, path, architecture, n_layers, d_model, d_ff, vocab_size, n_ctx, gated,"
+        " dtype, fingerprint, is_default)"
+        " SELECT $1, $2, s.v[1], i.v[1], i.v[2], i.v[3], i.v[4], i.v[5], $5, s.v[2], s.v[3], $6"
         " FROM (SELECT $3) s (v), (SELECT $4) i (v) RETURNING model_id",
-        6, {TEXTOID, TEXTOID, TEXTARRAYOID, INT4ARRAYOID, BOOLOID, BOOLOID}};
-    char          *name, *path;
-    bool           is_default, gated;
-    kne_wbuf       w;
-    KneReply       reply;
+        6,
+        {TEXTOID, TEXTOID, TEXTARRAYOID, INT4ARRAYOID, BOOLOID, BOOLOID}};
+    char *name, *path;
+    bool is_default, gated;
+    kne_wbuf w;
+    KneReply reply;
     StringInfoData part[3]; /* architecture, dtype, fingerprint */
-    Datum          strings[3], numbers[5], values[6];
-    int32          model_id;
+    Datum strings[3], numbers[5], values[6];
+    int32 model_id;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
@@ -173,7 +184,8 @@ kne_load_model(PG_FUNCTION_ARGS)
     path = text_to_cstring(PG_GETARG_TEXT_PP(1));
     is_default = PG_GETARG_BOOL(2);
     if (name[0] == '\0')
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("name of a model must not be empty")));
+        ereport(ERROR,
+                (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("name of a model must not be empty")));
 
     kne_spi_connect();
     values[0] = CStringGetTextDatum(name);
@@ -235,7 +247,7 @@ kne_drop_model(PG_FUNCTION_ARGS)
         {"DELETE FROM kne.model WHERE model_id = $1", 1, {INT4OID}},
     };
     char *name;
-    bool  force;
+    bool force;
     Datum value;
     int64 edits;
 
@@ -256,8 +268,8 @@ kne_drop_model(PG_FUNCTION_ARGS)
         ereport(ERROR, (errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
                         errmsg("cannot drop model \"%s\" because it has edits", name),
                         errdetail_plural("%lld request of it, with its history, would go too.",
-                                         "%lld requests of it, with their history, would go too.", (unsigned long) edits,
-                                         (long long) edits),
+                                         "%lld requests of it, with their history, would go too.",
+                                         (unsigned long) edits, (long long) edits),
                         errhint("kne_drop_model(name, force => true) drops them with the model.")));
 
     /* The worker records nothing of this model from here on: it takes the same lock before it does. */

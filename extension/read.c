@@ -1,8 +1,10 @@
 /*
- * read.c - the functions that ask a model: complete, logprob, next_tokens, knows, locate, tokenize, detokenize.
+ * read.c - the functions that ask a model: complete, logprob, next_tokens, knows, locate, tokenize,
+ * detokenize.
  *
- * Each is a message to the engine that begins with the view of the caller's snapshot (view.c), so the answer is of
- * exactly the edits that the calling query sees. NULL in, NULL out, as with SQL's own functions. Nothing here writes.
+ * Each is a message to the engine that begins with the view of the caller's snapshot (view.c), so the answer
+ * is of exactly the edits that the calling query sees. NULL in, NULL out, as with SQL's own functions.
+ * Nothing here writes.
  */
 #include "kne_sql.h"
 
@@ -45,8 +47,9 @@ as_of_arg(FunctionCallInfo fcinfo, int n)
         ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must be finite"),
                         errhint("Leave it out, or pass NULL, for the present.")));
     if (t > GetCurrentTimestamp())
-        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must not be in the future"),
-                        errdetail("It is %s.", timestamptz_to_str(t))));
+        ereport(ERROR,
+                (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must not be in the future"),
+                 errdetail("It is %s.", timestamptz_to_str(t))));
     return t;
 }
 
@@ -76,23 +79,24 @@ body_begin(kne_wbuf *w, const KneView *view)
 }
 
 /*
- * Text that a model made. Unlike a message it may hold what this database's encoding cannot: a byte of zero (a byte-level
- * vocabulary has a token for it), or a character that has no equivalent. One such token must not cost the whole answer.
+ * Text that a model made. Unlike a message it may hold what this database's encoding cannot: a byte of zero
+ * (a byte-level vocabulary has a token for it), or a character that has no equivalent. One such token must
+ * not cost the whole answer.
  */
 static Datum
 model_text(kne_rbuf *r)
 {
     StringInfoData out;
-    size_t         n, at = 0;
-    const char    *s = kne_get_bytes(r, &n);
-    Oid            proc = InvalidOid;
+    size_t n, at = 0;
+    const char *s = kne_get_bytes(r, &n);
+    Oid proc = InvalidOid;
 
     initStringInfo(&out);
     if (GetDatabaseEncoding() != PG_UTF8 && GetDatabaseEncoding() != PG_SQL_ASCII)
         proc = FindDefaultConversionProc(PG_UTF8, GetDatabaseEncoding());
     while (at < n)
     {
-        int   len = pg_encoding_verifymbchar(PG_UTF8, s + at, (int) Min(n - at, MAX_MULTIBYTE_CHAR_LEN));
+        int len = pg_encoding_verifymbchar(PG_UTF8, s + at, (int) Min(n - at, MAX_MULTIBYTE_CHAR_LEN));
         uint8 buf[MAX_MULTIBYTE_CHAR_LEN * MAX_CONVERSION_GROWTH + 1];
 
         if (len <= 0 || s[at] == '\0')
@@ -102,8 +106,8 @@ model_text(kne_rbuf *r)
         }
         else if (len == 1 || !OidIsValid(proc))
             appendBinaryStringInfo(&out, s + at, len);
-        else if (pg_do_encoding_conversion_buf(proc, PG_UTF8, GetDatabaseEncoding(), (uint8 *) s + at, len, buf, sizeof buf,
-                                               true) == len)
+        else if (pg_do_encoding_conversion_buf(proc, PG_UTF8, GetDatabaseEncoding(), (uint8 *) s + at, len,
+                                               buf, sizeof buf, true) == len)
             appendStringInfoString(&out, (char *) buf);
         else
             appendStringInfoChar(&out, '?');
@@ -137,7 +141,7 @@ kne_complete(PG_FUNCTION_ARGS)
     KneView *view;
     kne_wbuf w;
     KneReply reply;
-    int32    max_tokens;
+    int32 max_tokens;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         PG_RETURN_NULL();
@@ -159,7 +163,7 @@ kne_logprob(PG_FUNCTION_ARGS)
     KneView *view;
     kne_wbuf w;
     KneReply reply;
-    double   logp;
+    double logp;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         PG_RETURN_NULL();
@@ -181,7 +185,7 @@ kne_knows(PG_FUNCTION_ARGS)
     KneView *view;
     kne_wbuf w;
     KneReply reply;
-    bool     right;
+    bool right;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
         PG_RETURN_NULL();
@@ -208,8 +212,8 @@ kne_tokenize(PG_FUNCTION_ARGS)
     KneView *view;
     kne_wbuf w;
     KneReply reply;
-    uint32   n;
-    Datum   *ids;
+    uint32 n;
+    Datum *ids;
 
     if (PG_ARGISNULL(0))
         PG_RETURN_NULL();
@@ -228,17 +232,18 @@ kne_tokenize(PG_FUNCTION_ARGS)
 Datum
 kne_detokenize(PG_FUNCTION_ARGS)
 {
-    KneView   *view;
-    kne_wbuf   w;
-    KneReply   reply;
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
     ArrayType *ids;
-    int        n;
+    int n;
 
     if (PG_ARGISNULL(0))
         PG_RETURN_NULL();
     ids = PG_GETARG_ARRAYTYPE_P(0);
     if (ARR_NDIM(ids) > 1)
-        ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("tokens must be an array of one dimension")));
+        ereport(ERROR,
+                (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("tokens must be an array of one dimension")));
     if (array_contains_nulls(ids))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("tokens must not contain nulls")));
     n = ArrayGetNItems(ARR_NDIM(ids), ARR_DIMS(ids));
@@ -257,18 +262,19 @@ Datum
 kne_next_tokens(PG_FUNCTION_ARGS)
 {
     ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-    KneView       *view;
-    kne_wbuf       w;
-    KneReply       reply;
-    int32          k;
-    uint32         n;
+    KneView *view;
+    kne_wbuf w;
+    KneReply reply;
+    int32 k;
+    uint32 n;
 
     InitMaterializedSRF(fcinfo, 0);
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         return (Datum) 0;
     k = PG_GETARG_INT32(1);
     if (k < 1)
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("k must be at least 1"), errdetail("It is %d.", k)));
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("k must be at least 1"),
+                        errdetail("It is %d.", k)));
     view = view_args(fcinfo, 2, 3);
     body_begin(&w, view);
     kne_put_text(&w, text_arg(fcinfo, 0));
@@ -278,7 +284,7 @@ kne_next_tokens(PG_FUNCTION_ARGS)
     for (uint32 i = 0; i < n; i++)
     {
         Datum values[4]; /* rank, token, token_id, probability */
-        bool  nulls[4] = {false};
+        bool nulls[4] = {false};
 
         values[0] = Int32GetDatum((int32) i + 1);
         values[2] = Int32GetDatum(kne_get_i32(&reply.body));
@@ -293,26 +299,27 @@ kne_next_tokens(PG_FUNCTION_ARGS)
 }
 
 /*
- * The ensemble that an edit would move, found as the worker would find it: with the edit that it would supersede left out,
- * and with the same known facts.
+ * The ensemble that an edit would move, found as the worker would find it: with the edit that it would
+ * supersede left out, and with the same known facts.
  */
 Datum
 kne_locate(PG_FUNCTION_ARGS)
 {
     static KnePlan superseded = {"SELECT edit_id FROM kne.edit_request WHERE model_id = $1 AND subject = $2"
                                  " AND relation = $3 AND state = 'applied'",
-                                 3, {INT4OID, TEXTOID, TEXTOID}};
+                                 3,
+                                 {INT4OID, TEXTOID, TEXTOID}};
     ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-    KneEditSpec    edit = {0};
-    KneModel      *model;
-    KneView       *view;
-    kne_options    options;
-    char          *options_json = NULL;
-    int64          without = 0;
-    kne_wbuf       w;
-    KneReply       reply;
-    Datum          key[3];
-    uint32         n;
+    KneEditSpec edit = {0};
+    KneModel *model;
+    KneView *view;
+    kne_options options;
+    char *options_json = NULL;
+    int64 without = 0;
+    kne_wbuf w;
+    KneReply reply;
+    Datum key[3];
+    uint32 n;
 
     InitMaterializedSRF(fcinfo, 0);
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
@@ -348,8 +355,8 @@ kne_locate(PG_FUNCTION_ARGS)
     n = kne_get_count(&reply.body, 4 + 4 + 4 + 4);
     for (uint32 i = 0; i < n; i++)
     {
-        Datum  values[4]; /* layer, neuron, score, token_scores */
-        bool   nulls[4] = {false};
+        Datum values[4]; /* layer, neuron, score, token_scores */
+        bool nulls[4] = {false};
         Datum *token;
         uint32 n_tokens;
 
@@ -360,7 +367,8 @@ kne_locate(PG_FUNCTION_ARGS)
         token = palloc(sizeof(Datum) * Max(n_tokens, 1));
         for (uint32 t = 0; t < n_tokens; t++)
             token[t] = Float4GetDatum(kne_get_f32(&reply.body));
-        values[3] = PointerGetDatum(construct_array(token, (int) n_tokens, FLOAT4OID, sizeof(float4), true, TYPALIGN_INT));
+        values[3] = PointerGetDatum(
+            construct_array(token, (int) n_tokens, FLOAT4OID, sizeof(float4), true, TYPALIGN_INT));
         tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
         pfree(token);
         pfree(DatumGetPointer(values[3]));

@@ -2,12 +2,13 @@
  * request.c - asking for edits and changing one's mind: edit, wait, revert, cancel, retry, adopt, and the
  * triggers that make a plain INSERT into kne.edit_request the same thing as a call of kne_edit.
  *
- * Nothing here computes. A request is a row; the worker is woken when (and only if) the row commits. Revert is a row change
- * too, seen by this transaction at once and by others at commit.
+ * Nothing here computes. A request is a row; the worker is woken when (and only if) the row commits. Revert
+ * is a row change too, seen by this transaction at once and by others at commit.
  *
- * Locks. What changes the state of an edit locks the rows of its fact (model, subject, relation) FOR NO KEY UPDATE in
- * ascending edit_id: two sessions cannot decide about one fact at the same time, and foreign keys (events, facts) do not wait
- * for it. The worker takes the same locks with SKIP LOCKED, so it never waits for a user.
+ * Locks. What changes the state of an edit locks the rows of its fact (model, subject, relation) FOR NO KEY
+ * UPDATE in ascending edit_id: two sessions cannot decide about one fact at the same time, and foreign keys
+ * (events, facts) do not wait for it. The worker takes the same locks with SKIP LOCKED, so it never waits for
+ * a user.
  */
 #include "kne_sql.h"
 
@@ -48,8 +49,8 @@ check_fact(const char *subject, const char *relation, const char *object)
     kne_check_text("relation", relation);
     kne_check_text("object", object);
     if (strlen(subject) > MAX_KEY_BYTES || strlen(relation) > MAX_KEY_BYTES)
-        ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("%s is too long",
-                                                                       strlen(subject) > MAX_KEY_BYTES ? "subject" : "relation"),
+        ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+                        errmsg("%s is too long", strlen(subject) > MAX_KEY_BYTES ? "subject" : "relation"),
                         errdetail("Subject and relation have at most %d bytes each.", MAX_KEY_BYTES)));
 }
 
@@ -67,11 +68,12 @@ warn_if_idle(void)
                       errhint("Set kne.enabled = on and reload the configuration.")));
 }
 
-static void pg_attribute_noreturn()
+pg_noreturn static void
 no_such_edit(int64 edit_id)
 {
-    ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("edit " INT64_FORMAT " does not exist", edit_id),
-                    errhint("SELECT edit_id FROM kne.edit_history lists the edits.")));
+    ereport(ERROR,
+            (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("edit " INT64_FORMAT " does not exist", edit_id),
+             errhint("SELECT edit_id FROM kne.edit_history lists the edits.")));
     pg_unreachable();
 }
 
@@ -90,12 +92,16 @@ kne_edit(PG_FUNCTION_ARGS)
 {
     static KnePlan insert = {"INSERT INTO kne.edit_request (model_id, subject, relation, object, options)"
                              " VALUES ($1, $2, $3, $4, $5) RETURNING edit_id",
-                             5, {INT4OID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}};
-    Datum       values[5];
+                             5,
+                             {INT4OID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}};
+    Datum values[5];
     kne_options options;
-    int64       edit_id;
+    int64 edit_id;
 
-    /* The trigger checks too; here a mistake is reported without the context of a statement the user did not write. */
+    /*
+     * The trigger checks too; here a mistake is reported without the context of a statement the user did not
+     * write.
+     */
     check_fact(PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0)),
                PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)),
                PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2)));
@@ -121,8 +127,8 @@ row_trigger(FunctionCallInfo fcinfo, bool before)
 {
     TriggerData *trig = (TriggerData *) fcinfo->context;
 
-    if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_ROW(trig->tg_event) || !TRIGGER_FIRED_BY_INSERT(trig->tg_event) ||
-        (bool) TRIGGER_FIRED_BEFORE(trig->tg_event) != before)
+    if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_ROW(trig->tg_event) ||
+        !TRIGGER_FIRED_BY_INSERT(trig->tg_event) || (bool) TRIGGER_FIRED_BEFORE(trig->tg_event) != before)
         ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
                         errmsg("this trigger function is for rows being inserted")));
     return trig;
@@ -133,7 +139,8 @@ column_null(TriggerData *trig, const char *name)
 {
     bool isnull;
 
-    (void) SPI_getbinval(trig->tg_trigtuple, trig->tg_relation->rd_att, SPI_fnumber(trig->tg_relation->rd_att, name), &isnull);
+    (void) SPI_getbinval(trig->tg_trigtuple, trig->tg_relation->rd_att,
+                         SPI_fnumber(trig->tg_relation->rd_att, name), &isnull);
     return isnull;
 }
 
@@ -142,22 +149,24 @@ column(TriggerData *trig, const char *name)
 {
     bool isnull;
 
-    return SPI_getbinval(trig->tg_trigtuple, trig->tg_relation->rd_att, SPI_fnumber(trig->tg_relation->rd_att, name), &isnull);
+    return SPI_getbinval(trig->tg_trigtuple, trig->tg_relation->rd_att,
+                         SPI_fnumber(trig->tg_relation->rd_att, name), &isnull);
 }
 
 static char *
 column_text(TriggerData *trig, const char *name)
 {
-    return SPI_getvalue(trig->tg_trigtuple, trig->tg_relation->rd_att, SPI_fnumber(trig->tg_relation->rd_att, name));
+    return SPI_getvalue(trig->tg_trigtuple, trig->tg_relation->rd_att,
+                        SPI_fnumber(trig->tg_relation->rd_att, name));
 }
 
 /* The values that a BEFORE trigger adds to its row. */
 typedef struct Fill
 {
-    int   n;
-    int   attnum[4];
+    int n;
+    int attnum[4];
     Datum value[4];
-    bool  isnull[4];
+    bool isnull[4];
 } Fill;
 
 static void
@@ -173,8 +182,8 @@ fill_null(TriggerData *trig, Fill *f, const char *name, Datum value)
 static Datum
 filled(TriggerData *trig, Fill *f)
 {
-    return PointerGetDatum(f->n ? heap_modify_tuple_by_cols(trig->tg_trigtuple, trig->tg_relation->rd_att, f->n, f->attnum,
-                                                            f->value, f->isnull)
+    return PointerGetDatum(f->n ? heap_modify_tuple_by_cols(trig->tg_trigtuple, trig->tg_relation->rd_att,
+                                                            f->n, f->attnum, f->value, f->isnull)
                                 : trig->tg_trigtuple);
 }
 
@@ -182,31 +191,34 @@ filled(TriggerData *trig, Fill *f)
 static Datum
 model_of(TriggerData *trig)
 {
-    return Int32GetDatum(column_null(trig, "model_id") ? kne_model_by_name(NULL)->model_id
-                                                       : kne_model_by_id(DatumGetInt32(column(trig, "model_id")))->model_id);
+    return Int32GetDatum(column_null(trig, "model_id")
+                             ? kne_model_by_name(NULL)->model_id
+                             : kne_model_by_id(DatumGetInt32(column(trig, "model_id")))->model_id);
 }
 
 /*
- * A row without an origin is a new request: it is checked, and gets what the user left out. A row that has one is history that a
- * dump brought here, and is taken as it is, whatever this version would say about it today.
+ * A row without an origin is a new request: it is checked, and gets what the user left out. A row that has
+ * one is history that a dump brought here, and is taken as it is, whatever this version would say about it
+ * today.
  */
 Datum
 kne_request_before(PG_FUNCTION_ARGS)
 {
     TriggerData *trig = row_trigger(fcinfo, true);
-    Fill         fill = {0};
-    NameData    *by;
+    Fill fill = {0};
+    NameData *by;
 
     if (column_null(trig, "origin"))
     {
         kne_options options;
-        char       *state = column_text(trig, "state");
+        char *state = column_text(trig, "state");
 
         check_fact(column_text(trig, "subject"), column_text(trig, "relation"), column_text(trig, "object"));
         if (!column_null(trig, "options"))
             kne_options_from_jsonb(DatumGetJsonbP(column(trig, "options")), &options);
         if (state && strcmp(state, "pending") != 0)
-            ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("a new request must be pending, not %s", state)));
+            ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+                            errmsg("a new request must be pending, not %s", state)));
         kne_require_preload();
         fill_null(trig, &fill, "model_id", model_of(trig));
     }
@@ -223,7 +235,7 @@ Datum
 kne_request_after(PG_FUNCTION_ARGS)
 {
     TriggerData *trig = row_trigger(fcinfo, false);
-    char        *state = column_text(trig, "state");
+    char *state = column_text(trig, "state");
 
     if (strcmp(state, "pending") == 0 && DatumGetObjectId(column(trig, "origin_database")) == MyDatabaseId &&
         memcmp(DatumGetUUIDP(column(trig, "origin")), kne_origin(), sizeof(pg_uuid_t)) == 0)
@@ -236,14 +248,14 @@ kne_request_after(PG_FUNCTION_ARGS)
 }
 
 /*
- * Facts: what users tell begins now; what an edit made begins when its transaction commits (state.c). A row that comes with
- * its time is history.
+ * Facts: what users tell begins now; what an edit made begins when its transaction commits (state.c). A row
+ * that comes with its time is history.
  */
 Datum
 kne_fact_before(PG_FUNCTION_ARGS)
 {
     TriggerData *trig = row_trigger(fcinfo, true);
-    Fill         fill = {0};
+    Fill fill = {0};
 
     if (column_null(trig, "valid_from"))
     {
@@ -263,16 +275,24 @@ typedef struct Request
     char *subject, *relation, *object, *state;
 } Request;
 
-/* Lock the rows of the edit's fact, in order, and read the edit as it is then. ERROR when there is none. SPI is connected. */
+/*
+ * Lock the rows of the edit's fact, in order, and read the edit as it is then. ERROR when there is none. SPI
+ * is connected.
+ */
 static void
 lock_fact(int64 edit_id, Request *out)
 {
-    static KnePlan find = {"SELECT model_id, subject, relation FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
-    static KnePlan lock = {"SELECT edit_id FROM kne.edit_request WHERE model_id = $1 AND subject = $2 AND relation = $3"
-                           " ORDER BY edit_id FOR NO KEY UPDATE",
-                           3, {INT4OID, TEXTOID, TEXTOID}};
-    static KnePlan read = {"SELECT model_id, subject, relation, object, state FROM kne.edit_request WHERE edit_id = $1",
-                           1, {INT8OID}};
+    static KnePlan find = {
+        "SELECT model_id, subject, relation FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
+    static KnePlan lock = {
+        "SELECT edit_id FROM kne.edit_request WHERE model_id = $1 AND subject = $2 AND relation = $3"
+        " ORDER BY edit_id FOR NO KEY UPDATE",
+        3,
+        {INT4OID, TEXTOID, TEXTOID}};
+    static KnePlan read = {
+        "SELECT model_id, subject, relation, object, state FROM kne.edit_request WHERE edit_id = $1",
+        1,
+        {INT8OID}};
     Datum id = Int64GetDatum(edit_id), key[3];
 
     if (kne_spi(&find, KNE_WRITE, &id, NULL) == 0)
@@ -296,19 +316,25 @@ lock_fact(int64 edit_id, Request *out)
 static bool
 reinstate(const Request *r, int64 reverted)
 {
-    static KnePlan newest = {"SELECT q.edit_id, q.object, (SELECT max(generation) FROM kne.solution s WHERE s.edit_id = q.edit_id)"
-                             " FROM kne.edit_request q WHERE q.model_id = $1 AND q.subject = $2 AND q.relation = $3"
-                             " AND q.state = 'superseded' ORDER BY q.edit_id DESC LIMIT 1",
-                             3, {INT4OID, TEXTOID, TEXTOID}};
+    static KnePlan newest = {
+        "SELECT q.edit_id, q.object, (SELECT max(generation) FROM kne.solution s WHERE s.edit_id = q.edit_id)"
+        " FROM kne.edit_request q WHERE q.model_id = $1 AND q.subject = $2 AND q.relation = $3"
+        " AND q.state = 'superseded' ORDER BY q.edit_id DESC LIMIT 1",
+        3,
+        {INT4OID, TEXTOID, TEXTOID}};
     static KnePlan apply = {"UPDATE kne.edit_request SET state = 'applied' WHERE edit_id = $1", 1, {INT8OID}};
-    static KnePlan activate = {"INSERT INTO kne.activation (model_id, edit_id, generation) VALUES ($1, $2, $3)",
-                               3, {INT4OID, INT8OID, INT4OID}};
-    static KnePlan fact = {"INSERT INTO kne.fact (model_id, subject, relation, object, edit_id) VALUES ($1, $2, $3, $4, $5)",
-                           5, {INT4OID, TEXTOID, TEXTOID, TEXTOID, INT8OID}};
+    static KnePlan activate = {
+        "INSERT INTO kne.activation (model_id, edit_id, generation) VALUES ($1, $2, $3)",
+        3,
+        {INT4OID, INT8OID, INT4OID}};
+    static KnePlan fact = {
+        "INSERT INTO kne.fact (model_id, subject, relation, object, edit_id) VALUES ($1, $2, $3, $4, $5)",
+        5,
+        {INT4OID, TEXTOID, TEXTOID, TEXTOID, INT8OID}};
     Datum values[5];
     char *object;
     Datum edit_id, generation;
-    bool  isnull;
+    bool isnull;
 
     values[0] = Int32GetDatum(r->model_id);
     values[1] = CStringGetTextDatum(r->subject);
@@ -336,24 +362,28 @@ reinstate(const Request *r, int64 reverted)
 Datum
 kne_revert(PG_FUNCTION_ARGS)
 {
-    static KnePlan end_pair = {"UPDATE kne.activation SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL",
-                               1, {INT8OID}};
-    static KnePlan end_fact = {"UPDATE kne.fact SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL",
-                               1, {INT8OID}};
-    static KnePlan set_state = {"UPDATE kne.edit_request SET state = 'reverted' WHERE edit_id = $1", 1, {INT8OID}};
+    static KnePlan end_pair = {
+        "UPDATE kne.activation SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL",
+        1,
+        {INT8OID}};
+    static KnePlan end_fact = {
+        "UPDATE kne.fact SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL", 1, {INT8OID}};
+    static KnePlan set_state = {
+        "UPDATE kne.edit_request SET state = 'reverted' WHERE edit_id = $1", 1, {INT8OID}};
     /* What the edit ended when it first came into force has the same stamp. */
     static KnePlan give_back = {
         "INSERT INTO kne.fact (model_id, subject, relation, object, valid_from)"
-        " SELECT DISTINCT f.model_id, f.subject, f.relation, f.object, 'infinity'::timestamptz FROM kne.fact f"
-        " WHERE f.model_id = $2 AND f.subject = $3 AND f.relation = $4 AND f.edit_id IS NULL AND f.valid_to ="
+        " SELECT DISTINCT f.model_id, f.subject, f.relation, f.object, 'infinity'::timestamptz"
+        " FROM kne.fact f WHERE f.model_id = $2 AND f.subject = $3 AND f.relation = $4 AND f.edit_id IS NULL AND f.valid_to ="
         " (SELECT min(valid_from) FROM kne.activation WHERE edit_id = $1)"
         " AND NOT EXISTS (SELECT FROM kne.fact t WHERE t.model_id = $2 AND t.subject = $3 AND t.relation = $4"
         " AND t.object = f.object AND t.valid_to IS NULL)",
-        4, {INT8OID, INT4OID, TEXTOID, TEXTOID}};
-    int64   edit_id = edit_id_arg(fcinfo);
-    char   *reason = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
+        4,
+        {INT8OID, INT4OID, TEXTOID, TEXTOID}};
+    int64 edit_id = edit_id_arg(fcinfo);
+    char *reason = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
     Request r;
-    Datum   values[4];
+    Datum values[4];
 
     kne_spi_connect();
     lock_fact(edit_id, &r);
@@ -362,7 +392,8 @@ kne_revert(PG_FUNCTION_ARGS)
                         errmsg("edit " INT64_FORMAT " is not applied, so it cannot be reverted", edit_id),
                         errdetail("Its state is %s.", r.state),
                         strcmp(r.state, "pending") == 0 || strcmp(r.state, "running") == 0
-                            ? errhint("kne_cancel takes back a request that has not finished.") : 0));
+                            ? errhint("kne_cancel takes back a request that has not finished.")
+                            : 0));
     values[0] = Int64GetDatum(edit_id);
     kne_spi(&end_pair, KNE_WRITE, values, NULL);
     kne_spi(&end_fact, KNE_WRITE, values, NULL);
@@ -384,13 +415,15 @@ kne_revert(PG_FUNCTION_ARGS)
 Datum
 kne_cancel(PG_FUNCTION_ARGS)
 {
-    static KnePlan cancel = {"UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
-                             " WHERE edit_id = $1 AND state IN ('pending', 'running')",
-                             1, {INT8OID}};
+    static KnePlan cancel = {
+        "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
+        " WHERE edit_id = $1 AND state IN ('pending', 'running')",
+        1,
+        {INT8OID}};
     static KnePlan exists = {"SELECT 1 FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
     int64 edit_id = edit_id_arg(fcinfo);
     Datum value = Int64GetDatum(edit_id);
-    bool  done;
+    bool done;
 
     kne_spi_connect();
     done = kne_spi(&cancel, KNE_WRITE, &value, NULL) > 0;
@@ -408,17 +441,21 @@ kne_cancel(PG_FUNCTION_ARGS)
 Datum
 kne_retry(PG_FUNCTION_ARGS)
 {
-    static KnePlan newer = {"SELECT edit_id FROM kne.edit_request WHERE model_id = $2 AND subject = $3 AND relation = $4"
-                            " AND state = 'applied' AND edit_id > $1",
-                            4, {INT8OID, INT4OID, TEXTOID, TEXTOID}};
+    static KnePlan newer = {
+        "SELECT edit_id FROM kne.edit_request WHERE model_id = $2 AND subject = $3 AND relation = $4"
+        " AND state = 'applied' AND edit_id > $1",
+        4,
+        {INT8OID, INT4OID, TEXTOID, TEXTOID}};
     /* Who asks for it here wants it run here, wherever it was asked for first. */
-    static KnePlan again = {"UPDATE kne.edit_request SET state = 'pending', attempts = 0, deaths = 0, not_before = NULL,"
-                            " error = NULL, started_at = NULL, finished_at = NULL, origin = $2, origin_database = $3"
-                            " WHERE edit_id = $1",
-                            3, {INT8OID, UUIDOID, OIDOID}};
-    int64   edit_id = edit_id_arg(fcinfo);
+    static KnePlan again = {
+        "UPDATE kne.edit_request SET state = 'pending', attempts = 0, deaths = 0, not_before = NULL,"
+        " error = NULL, started_at = NULL, finished_at = NULL, origin = $2, origin_database = $3"
+        " WHERE edit_id = $1",
+        3,
+        {INT8OID, UUIDOID, OIDOID}};
+    int64 edit_id = edit_id_arg(fcinfo);
     Request r;
-    Datum   values[4];
+    Datum values[4];
 
     kne_spi_connect();
     lock_fact(edit_id, &r);
@@ -433,7 +470,8 @@ kne_retry(PG_FUNCTION_ARGS)
     if (kne_spi(&newer, KNE_WRITE, values, NULL) > 0)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("a newer edit of that fact is applied"),
-                        errdetail("Edit " INT64_FORMAT " is in force for (%s, %s).", kne_spi_int8(0, 1), r.subject, r.relation),
+                        errdetail("Edit " INT64_FORMAT " is in force for (%s, %s).", kne_spi_int8(0, 1),
+                                  r.subject, r.relation),
                         errhint("Ask anew with kne_edit, or revert the newer edit first.")));
     values[1] = UUIDPGetDatum(kne_origin());
     values[2] = ObjectIdGetDatum(MyDatabaseId);
@@ -448,11 +486,13 @@ kne_retry(PG_FUNCTION_ARGS)
 Datum
 kne_adopt(PG_FUNCTION_ARGS)
 {
-    static KnePlan adopt = {"UPDATE kne.edit_request SET origin = $1, origin_database = $2, state = 'pending', not_before = NULL"
-                            " WHERE state IN ('pending', 'running') AND (origin <> $1 OR origin_database <> $2)"
-                            " RETURNING edit_id",
-                            2, {UUIDOID, OIDOID}};
-    Datum  values[2];
+    static KnePlan adopt = {
+        "UPDATE kne.edit_request SET origin = $1, origin_database = $2, state = 'pending', not_before = NULL"
+        " WHERE state IN ('pending', 'running') AND (origin <> $1 OR origin_database <> $2)"
+        " RETURNING edit_id",
+        2,
+        {UUIDOID, OIDOID}};
+    Datum values[2];
     uint64 n;
     int64 *edit_id;
 
@@ -479,10 +519,10 @@ kne_adopt(PG_FUNCTION_ARGS)
 /* The row as the newest snapshot sees it. */
 typedef struct Look
 {
-    char  state[16];
-    bool  ours;   /* the row's version is this transaction's own */
-    bool  foreign; /* of another origin */
-    bool  unprotected;
+    char state[16];
+    bool ours;    /* the row's version is this transaction's own */
+    bool foreign; /* of another origin */
+    bool unprotected;
 } Look;
 
 static bool
@@ -495,12 +535,14 @@ static void
 look_at(int64 edit_id, Look *out)
 {
     static KnePlan look = {
-        "SELECT r.state, r.xmin, r.origin <> i.origin OR r.origin_database <> $2, r.state = 'applied' AND EXISTS"
-        " (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}')"
+        "SELECT r.state, r.xmin, r.origin <> i.origin OR r.origin_database <> $2,"
+        " r.state = 'applied' AND EXISTS (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id"
+        " AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}')"
         " FROM kne.edit_request r LEFT JOIN kne.instance i ON true WHERE r.edit_id = $1",
-        2, {INT8OID, OIDOID}};
+        2,
+        {INT8OID, OIDOID}};
     Datum values[2];
-    bool  isnull;
+    bool isnull;
 
     values[0] = Int64GetDatum(edit_id);
     values[1] = ObjectIdGetDatum(MyDatabaseId);
@@ -523,21 +565,24 @@ check_will_run(int64 edit_id, const Look *look)
 
     if (look->ours)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("cannot wait for edit " INT64_FORMAT " in the transaction that requested it", edit_id),
+                        errmsg("cannot wait for edit " INT64_FORMAT " in the transaction that requested it",
+                               edit_id),
                         errdetail("An edit runs once its request is committed."),
                         errhint("COMMIT first, then call kne_wait.")));
     kne_require_preload();
     if (RecoveryInProgress())
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("no edit runs on a standby"),
-                        errdetail("Edit " INT64_FORMAT " is %s.", edit_id, look->state),
-                        errhint("Wait for it on the primary.")));
+        ereport(ERROR,
+                (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("no edit runs on a standby"),
+                 errdetail("Edit " INT64_FORMAT " is %s.", edit_id, look->state),
+                 errhint("Wait for it on the primary.")));
     if (look->foreign)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("edit " INT64_FORMAT " was requested in another database", edit_id),
                         errdetail("It is %s, and came here with a restored or copied database.", look->state),
                         errhint("kne_adopt() lets such requests run here.")));
     if (!kne_enabled)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("no edit runs: kne.enabled is off"),
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("no edit runs: kne.enabled is off"),
                         errdetail("Edit " INT64_FORMAT " is %s.", edit_id, look->state),
                         errhint("Set kne.enabled = on and reload the configuration.")));
     LWLockAcquire(&kne_shared->lock, LW_SHARED);
@@ -546,7 +591,8 @@ check_will_run(int64 edit_id, const Look *look)
         strlcpy(note, kne_shared->engine_note, sizeof note);
     LWLockRelease(&kne_shared->lock);
     if (refused)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("no edit runs: the engine does not start"),
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("no edit runs: the engine does not start"),
                         errdetail("%s", note[0] ? note : "See the server's log."),
                         errhint("Correct the settings kne.* and reload the configuration.")));
 }
@@ -563,26 +609,27 @@ deadline(const Interval *timeout)
 }
 
 /*
- * Looks again and again, each time with a snapshot of its own that is gone before it sleeps. In REPEATABLE READ the rest of
- * the transaction would not see what was waited for, so there it refuses.
+ * Looks again and again, each time with a snapshot of its own that is gone before it sleeps. In REPEATABLE
+ * READ the rest of the transaction would not see what was waited for, so there it refuses.
  */
 Datum
 kne_wait(PG_FUNCTION_ARGS)
 {
-    int64         edit_id = edit_id_arg(fcinfo);
+    int64 edit_id = edit_id_arg(fcinfo);
     MemoryContext mcxt = AllocSetContextCreate(CurrentMemoryContext, "kne_wait", ALLOCSET_SMALL_SIZES);
     MemoryContext old;
-    TimestampTz   until;
-    long          nap = 10;
-    Look          look;
+    TimestampTz until;
+    long nap = 10;
+    Look look;
 
     if (PG_ARGISNULL(1))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("timeout must not be null")));
     if (IsolationUsesXactSnapshot())
-        ereport(ERROR, (errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-                        errmsg("cannot wait for an edit in a transaction of this isolation level"),
-                        errdetail("Its snapshot was taken before the edit finishes, so it would not see the edit."),
-                        errhint("Call kne_wait in READ COMMITTED, or outside of a transaction.")));
+        ereport(ERROR,
+                (errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+                 errmsg("cannot wait for an edit in a transaction of this isolation level"),
+                 errdetail("Its snapshot was taken before the edit finishes, so it would not see the edit."),
+                 errhint("Call kne_wait in READ COMMITTED, or outside of a transaction.")));
     until = deadline(PG_GETARG_INTERVAL_P(1));
 
     for (;;)
@@ -599,10 +646,13 @@ kne_wait(PG_FUNCTION_ARGS)
 
         now = GetCurrentTimestamp();
         if (now >= until)
-            ereport(ERROR, (errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-                            errmsg("timeout while waiting for edit " INT64_FORMAT, edit_id),
-                            errdetail("Its state is %s.", look.state),
-                            errhint("The edit goes on; kne_wait may be called again. kne.stat_progress shows the work.")));
+            ereport(
+                ERROR,
+                (errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+                 errmsg("timeout while waiting for edit " INT64_FORMAT, edit_id),
+                 errdetail("Its state is %s.", look.state),
+                 errhint(
+                     "The edit goes on; kne_wait may be called again. kne.stat_progress shows the work.")));
         if (until != DT_NOEND)
             nap = Max(1, Min(nap, (until - now + 999) / 1000));
         (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, nap, PG_WAIT_EXTENSION);
@@ -611,9 +661,10 @@ kne_wait(PG_FUNCTION_ARGS)
         nap = Min(nap * 3 / 2, 250);
     }
     if (look.unprotected)
-        ereport(WARNING, (errmsg("edit " INT64_FORMAT " was applied without protecting other facts", edit_id),
-                          errdetail("Too few facts that the model answers are known to protect any."),
-                          errhint("INSERT what the model should know INTO kne.fact (subject, relation, object).")));
+        ereport(WARNING,
+                (errmsg("edit " INT64_FORMAT " was applied without protecting other facts", edit_id),
+                 errdetail("Too few facts that the model answers are known to protect any."),
+                 errhint("INSERT what the model should know INTO kne.fact (subject, relation, object).")));
     MemoryContextDelete(mcxt);
     PG_RETURN_TEXT_P(cstring_to_text(look.state));
 }

@@ -3,13 +3,13 @@
  * events, the lock of a model's active set and the stamps under it.
  *
  * Stamps. kne.activation says which edits were in force when, and as_of reads it. A clock reading inside a
- * transaction would not do: a transaction that reads the clock first may commit last, and then an as_of between the
- * two readings would show a state that never was. So rows are written with the provisional time 'infinity', and a
- * deferred trigger replaces it just before commit, under a lock that lasts until the transaction has ended: stamps are in
- * commit order, and greater than any earlier stamp of the model even when the clock went backwards. All rows that one
- * transaction changes of a model get the same stamp. Rows that come with a time (a restored dump) keep it: only
- * INSERTs of 'infinity' and UPDATEs that end a row queue the trigger (see the WHEN clauses in kne--0.1.sql), and the trigger's
- * own updates are neither.
+ * transaction would not do: a transaction that reads the clock first may commit last, and then an as_of
+ * between the two readings would show a state that never was. So rows are written with the provisional time
+ * 'infinity', and a deferred trigger replaces it just before commit, under a lock that lasts until the
+ * transaction has ended: stamps are in commit order, and greater than any earlier stamp of the model even
+ * when the clock went backwards. All rows that one transaction changes of a model get the same stamp. Rows
+ * that come with a time (a restored dump) keep it: only INSERTs of 'infinity' and UPDATEs that end a row
+ * queue the trigger (see the WHEN clauses in kne--0.1.sql), and the trigger's own updates are neither.
  */
 #include "kne_sql.h"
 
@@ -69,7 +69,8 @@ kne_spi(KnePlan *p, KneLook look, Datum *values, const char *nulls)
         p->plan = plan;
     }
     if (look == KNE_LATEST)
-        rc = SPI_execute_snapshot(p->plan, values, nulls, GetLatestSnapshot(), InvalidSnapshot, true, true, 0);
+        rc = SPI_execute_snapshot(p->plan, values, nulls, GetLatestSnapshot(), InvalidSnapshot,
+                                  true, true, 0);
     else
         rc = SPI_execute_plan(p->plan, values, nulls, look == KNE_READ, 0);
     if (rc < 0)
@@ -86,7 +87,7 @@ kne_spi_datum(uint64 row, int col, bool *isnull)
 static Datum
 not_null(uint64 row, int col)
 {
-    bool  isnull;
+    bool isnull;
     Datum d = kne_spi_datum(row, col, &isnull);
 
     if (isnull)
@@ -109,7 +110,7 @@ kne_spi_int4(uint64 row, int col)
 bool
 kne_spi_bool(uint64 row, int col)
 {
-    bool  isnull;
+    bool isnull;
     Datum d = kne_spi_datum(row, col, &isnull);
 
     return !isnull && DatumGetBool(d);
@@ -135,21 +136,24 @@ pg_uuid_t *
 kne_origin(void)
 {
     static KnePlan plan = {"SELECT origin FROM kne.instance"};
-    /* A batch asks once a row; within a transaction the answer stays. */
+    /* A batch asks once a row; within a transaction and an installation the answer stays. */
     static LocalTransactionId known_in = InvalidLocalTransactionId;
-    static pg_uuid_t          known;
-    pg_uuid_t                *out = palloc(sizeof *out);
+    static Oid known_of = InvalidOid;
+    static pg_uuid_t known;
+    Oid schema = get_namespace_oid("kne", false);
+    pg_uuid_t *out = palloc(sizeof *out);
 
-    if (known_in == InvalidLocalTransactionId || known_in != KNE_LXID)
+    if (known_in == InvalidLocalTransactionId || known_in != KNE_LXID || known_of != schema)
     {
         kne_spi_connect();
         if (kne_spi(&plan, KNE_READ, NULL, NULL) != 1)
             ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED), errmsg("kne.instance has lost its row"),
-                            errhint("INSERT INTO kne.instance (database) SELECT oid FROM pg_database WHERE"
-                                    " datname = current_database() makes this database a new origin.")));
+                            errhint("INSERT INTO kne.instance (database) SELECT oid FROM pg_database"
+                                    " WHERE datname = current_database() makes this a new origin.")));
         known = *DatumGetUUIDP(not_null(0, 1));
         kne_spi_finish();
         known_in = KNE_LXID;
+        known_of = schema;
     }
     *out = known;
     return out;
@@ -160,9 +164,11 @@ kne_origin(void)
 void
 kne_event(int64 edit_id, const char *event, const char *detail_json)
 {
-    static KnePlan plan = {"INSERT INTO kne.edit_event (edit_id, event, by, detail) VALUES ($1, $2, $3::name, $4::jsonb)",
-                           4, {INT8OID, TEXTOID, TEXTOID, TEXTOID}};
-    Datum          values[4];
+    static KnePlan plan = {
+        "INSERT INTO kne.edit_event (edit_id, event, by, detail) VALUES ($1, $2, $3::name, $4::jsonb)",
+        4,
+        {INT8OID, TEXTOID, TEXTOID, TEXTOID}};
+    Datum values[4];
 
     values[0] = Int64GetDatum(edit_id);
     values[1] = CStringGetTextDatum(event);
@@ -181,7 +187,8 @@ kne_event_user(int64 edit_id, const char *event, const char *key, const char *va
         "jsonb_build_object('session_user', session_user, 'current_user', $3, 'application_name',"
         " nullif(current_setting('application_name'), ''), 'client', host(inet_client_addr()),"
         " 'xid', pg_current_xact_id()::text, $4, $5)))",
-        5, {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}};
+        5,
+        {INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID}};
     Datum values[5];
 
     values[0] = Int64GetDatum(edit_id);
@@ -197,14 +204,14 @@ kne_event_user(int64 edit_id, const char *event, const char *key, const char *va
 /* ---------------------------------------------------------------- the model's lock */
 
 /*
- * A heavyweight lock on (class kne.model, object model_id): users have no statement that takes it, it waits and
- * is found in deadlocks like any other, is shown in pg_locks, and lasts until the transaction ends.
+ * A heavyweight lock on (class kne.model, object model_id): users have no statement that takes it, it waits
+ * and is found in deadlocks like any other, is shown in pg_locks, and lasts until the transaction ends.
  */
 static LockAcquireResult
 acquire(int32 model_id, bool wait)
 {
     LOCKTAG tag;
-    Oid     class_id = get_relname_relid("model", get_namespace_oid("kne", false));
+    Oid class_id = get_relname_relid("model", get_namespace_oid("kne", false));
 
     if (!OidIsValid(class_id))
         ereport(ERROR, (errcode(ERRCODE_UNDEFINED_TABLE), errmsg("relation \"kne.model\" does not exist")));
@@ -222,27 +229,30 @@ kne_lock_model(int32 model_id, bool wait)
 
 typedef struct Stamp
 {
-    int32       model_id;
+    int32 model_id;
     TimestampTz at;
 } Stamp;
 
-/* The stamp of this transaction for a model: the first caller of the transaction takes the lock and the time. */
+/* The stamp of this transaction for a model: the first caller of the transaction takes the lock and the time.
+ */
 static TimestampTz
 stamp_of(int32 model_id)
 {
-    static KnePlan last = {"SELECT greatest((SELECT max(valid_from) FROM kne.activation WHERE model_id = $1"
-                           " AND valid_from < 'infinity'),"
-                           " (SELECT max(valid_to) FROM kne.activation WHERE model_id = $1 AND valid_to < 'infinity'))",
-                           1, {INT4OID}};
+    static KnePlan last = {
+        "SELECT greatest((SELECT max(valid_from) FROM kne.activation WHERE model_id = $1"
+        " AND valid_from < 'infinity'),"
+        " (SELECT max(valid_to) FROM kne.activation WHERE model_id = $1 AND valid_to < 'infinity'))",
+        1,
+        {INT4OID}};
     static LocalTransactionId stamps_of = InvalidLocalTransactionId;
-    static List              *stamps; /* of Stamp, in TopTransactionContext */
-    LockAcquireResult         got = acquire(model_id, true);
-    Stamp                    *stamp = NULL;
-    MemoryContext             old;
-    ListCell                 *lc;
-    Datum                     value = Int32GetDatum(model_id);
-    bool                      isnull;
-    Datum                     d;
+    static List *stamps; /* of Stamp, in TopTransactionContext */
+    LockAcquireResult got = acquire(model_id, true);
+    Stamp *stamp = NULL;
+    MemoryContext old;
+    ListCell *lc;
+    Datum value = Int32GetDatum(model_id);
+    bool isnull;
+    Datum d;
 
     if (stamps_of != KNE_LXID)
     {
@@ -282,27 +292,33 @@ kne_stamp(PG_FUNCTION_ARGS)
 {
     static KnePlan plans[2][2] = {
         {{"UPDATE kne.activation SET valid_from = $2 WHERE activation_id = $1 AND valid_from = 'infinity'",
-          2, {INT8OID, TIMESTAMPTZOID}},
+          2,
+          {INT8OID, TIMESTAMPTZOID}},
          {"UPDATE kne.activation SET valid_to = $2 WHERE activation_id = $1 AND valid_to IS NOT NULL",
-          2, {INT8OID, TIMESTAMPTZOID}}},
+          2,
+          {INT8OID, TIMESTAMPTZOID}}},
         {{"UPDATE kne.fact SET valid_from = $2 WHERE fact_id = $1 AND valid_from = 'infinity'",
-          2, {INT8OID, TIMESTAMPTZOID}},
+          2,
+          {INT8OID, TIMESTAMPTZOID}},
          {"UPDATE kne.fact SET valid_to = $2 WHERE fact_id = $1 AND valid_to IS NOT NULL",
-          2, {INT8OID, TIMESTAMPTZOID}}}};
+          2,
+          {INT8OID, TIMESTAMPTZOID}}}};
     TriggerData *trig = (TriggerData *) fcinfo->context;
-    TupleDesc    desc;
-    Datum        values[2];
-    Datum        model_id;
-    bool         ends, is_fact, isnull;
+    TupleDesc desc;
+    Datum values[2];
+    Datum model_id;
+    bool ends, is_fact, isnull;
 
-    if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_AFTER(trig->tg_event) || !TRIGGER_FIRED_FOR_ROW(trig->tg_event))
+    if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_AFTER(trig->tg_event) ||
+        !TRIGGER_FIRED_FOR_ROW(trig->tg_event))
         ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
                         errmsg("function \"stamp\" must be fired after a row changed")));
     ends = TRIGGER_FIRED_BY_UPDATE(trig->tg_event);
     is_fact = strcmp(RelationGetRelationName(trig->tg_relation), "fact") == 0;
     desc = RelationGetDescr(trig->tg_relation);
 
-    values[0] = SPI_getbinval(trig->tg_trigtuple, desc, SPI_fnumber(desc, is_fact ? "fact_id" : "activation_id"), &isnull);
+    values[0] = SPI_getbinval(trig->tg_trigtuple, desc,
+                              SPI_fnumber(desc, is_fact ? "fact_id" : "activation_id"), &isnull);
     model_id = SPI_getbinval(trig->tg_trigtuple, desc, SPI_fnumber(desc, "model_id"), &isnull);
     values[1] = TimestampTzGetDatum(stamp_of(DatumGetInt32(model_id)));
     kne_spi_connect();
@@ -320,37 +336,41 @@ kne_check_text(const char *what, const char *text)
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", what),
                         errdetail("An edit needs a subject, a relation and an object.")));
     if (text[strspn(text, " \t\r\n\v\f")] == '\0')
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s must not be empty", what),
-                        errdetail("An edit needs a subject, a relation and an object, each with a visible character.")));
+        ereport(
+            ERROR,
+            (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s must not be empty", what),
+             errdetail("An edit needs a subject, a relation and an object, each with a visible character.")));
 }
 
-static void pg_attribute_noreturn()
+pg_noreturn static void
 throw_err(const kne_err *err)
 {
-    ereport(ERROR, (errcode(kne_sqlstate(err->code)), errmsg("%s", err->msg),
-                    err->detail[0] ? errdetail("%s", err->detail) : 0, err->hint[0] ? errhint("%s", err->hint) : 0));
+    ereport(ERROR,
+            (errcode(kne_sqlstate(err->code)), errmsg("%s", err->msg),
+             err->detail[0] ? errdetail("%s", err->detail) : 0, err->hint[0] ? errhint("%s", err->hint) : 0));
     pg_unreachable();
 }
 
 void
 kne_options_from_jsonb(Jsonb *j, kne_options *out)
 {
-    JsonbIterator     *it;
+    JsonbIterator *it;
     JsonbIteratorToken token;
-    JsonbValue         v;
-    kne_err            err = {0};
+    JsonbValue v;
+    kne_err err = {0};
 
     kne_options_defaults(out);
     if (j == NULL)
         return;
     if (!JB_ROOT_IS_OBJECT(j))
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("edit options must be a JSON object"),
-                        errhint("For example: '{\"max_steps\": 50}'.")));
+        ereport(ERROR,
+                (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("edit options must be a JSON object"),
+                 errhint("For example: '{\"max_steps\": 50}'.")));
     it = JsonbIteratorInit(&j->root);
     while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
     {
-        char         *name, *string = NULL;
-        double        number = 0;
+        char *name, *string = NULL;
+        double number = 0;
         kne_json_kind kind = KNE_JSON_OTHER;
 
         if (token != WJB_KEY)
@@ -361,7 +381,8 @@ kne_options_from_jsonb(Jsonb *j, kne_options *out)
         {
             kind = KNE_JSON_NUMBER;
             /* By text: 1e400 is then out of the option's range, not of the type's. */
-            number = strtod(DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(v.val.numeric))), NULL);
+            number = strtod(DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(v.val.numeric))),
+                            NULL);
         }
         else if (v.type == jbvString)
         {

@@ -1,13 +1,15 @@
 /*
  * view.c - which edits a snapshot sees, and handing the engine what it lacks of them.
  *
- * A state of the model is its base plus a set of (edit, generation) pairs. "Now" is what the active snapshot sees in
- * kne.activation as not ended, so a transaction reads its own uncommitted changes and nobody else's. An instant is the
- * half-open interval test on the stamps; rows that this transaction has not committed carry 'infinity' there, so no
- * instant contains them. Pairs without rows (the fact held already) change no weight and are left out.
+ * A state of the model is its base plus a set of (edit, generation) pairs. "Now" is what the active snapshot
+ * sees in kne.activation as not ended, so a transaction reads its own uncommitted changes and nobody else's.
+ * An instant is the half-open interval test on the stamps; rows that this transaction has not committed carry
+ * 'infinity' there, so no instant contains them. Pairs without rows (the fact held already) change no weight
+ * and are left out.
  *
  * The engine knows sets and pairs by digest. What it does not hold it asks for, and gets from rows, which
- * never change once committed; so asking again can only be needed when the engine restarted or evicted in between.
+ * never change once committed; so asking again can only be needed when the engine restarted or evicted in
+ * between.
  */
 #include "kne_sql.h"
 
@@ -59,17 +61,19 @@ kne_view_base(KneModel *model)
 KneView *
 kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_without)
 {
-#define PAIRS                                                                                             \
-    "SELECT a.edit_id, a.generation, s.digest FROM kne.activation a"                                      \
-    " JOIN kne.solution s ON s.edit_id = a.edit_id AND s.generation = a.generation"                       \
+#define PAIRS                                                                       \
+    "SELECT a.edit_id, a.generation, s.digest FROM kne.activation a"                \
+    " JOIN kne.solution s ON s.edit_id = a.edit_id AND s.generation = a.generation" \
     " WHERE a.model_id = $1 AND s.n_rows > 0"
     static KnePlan now = {PAIRS " AND a.valid_to IS NULL ORDER BY a.edit_id", 1, {INT4OID}};
-    static KnePlan then = {PAIRS " AND a.valid_from <= $2 AND (a.valid_to > $2 OR a.valid_to IS NULL) ORDER BY a.edit_id",
-                           2, {INT4OID, TIMESTAMPTZOID}};
-    KneView       *v = kne_view_base(model);
-    MemoryContext  mcxt = CurrentMemoryContext;
-    Datum          values[2];
-    uint64         rows;
+    static KnePlan then = {
+        PAIRS " AND a.valid_from <= $2 AND (a.valid_to > $2 OR a.valid_to IS NULL) ORDER BY a.edit_id",
+        2,
+        {INT4OID, TIMESTAMPTZOID}};
+    KneView *v = kne_view_base(model);
+    MemoryContext mcxt = CurrentMemoryContext;
+    Datum values[2];
+    uint64 rows;
 
     values[0] = Int32GetDatum(model->model_id);
     values[1] = TimestampTzGetDatum(as_of);
@@ -82,8 +86,8 @@ kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_wit
     v->digest = MemoryContextAlloc(mcxt, sizeof v->digest[0] * Max(rows, 1));
     for (uint64 i = 0; i < rows; i++)
     {
-        int64  edit_id = kne_spi_int8(i, 1);
-        bool   skip = false, isnull;
+        int64 edit_id = kne_spi_int8(i, 1);
+        bool skip = false, isnull;
         bytea *digest;
 
         for (int k = 0; k < n_without && !skip; k++)
@@ -106,29 +110,29 @@ kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_wit
 /* ---------------------------------------------------------------- kept for a snapshot */
 
 /*
- * A query that calls a reading function for each of a million rows should look the set up once. Two snapshots of one
- * subtransaction see the same rows if these agree; SubTransactionIds are not reused within a transaction, so what a rolled
- * back savepoint saw is not taken for the present.
+ * A query that calls a reading function for each of a million rows should look the set up once. Two snapshots
+ * of one subtransaction see the same rows if these agree; SubTransactionIds are not reused within a
+ * transaction, so what a rolled back savepoint saw is not taken for the present.
  */
 typedef struct SnapshotKey
 {
     LocalTransactionId lxid;
-    SubTransactionId   subid;
-    CommandId          curcid;
-    TransactionId      xmin, xmax;
-    uint32             xcnt;
-    int32              subxcnt;
-    bool               suboverflowed, recovery;
+    SubTransactionId subid;
+    CommandId curcid;
+    TransactionId xmin, xmax;
+    uint32 xcnt;
+    int32 subxcnt;
+    bool suboverflowed, recovery;
 } SnapshotKey;
 
 static struct
 {
-    MemoryContext  mcxt; /* holds all that is below; NULL: never used */
-    SnapshotKey    key;
+    MemoryContext mcxt; /* holds all that is below; NULL: never used */
+    SnapshotKey key;
     TransactionId *xip, *subxip;
-    char          *model_name; /* as asked for: NULL is the default model */
-    TimestampTz    as_of;
-    KneView       *view; /* NULL: nothing kept */
+    char *model_name; /* as asked for: NULL is the default model */
+    TimestampTz as_of;
+    KneView *view; /* NULL: nothing kept */
 } kept;
 
 static SnapshotKey
@@ -152,11 +156,11 @@ key_of(Snapshot s)
 KneView *
 kne_view_for_read(const char *model_name, TimestampTz as_of)
 {
-    Snapshot      s = GetActiveSnapshot();
-    SnapshotKey   key = key_of(s);
+    Snapshot s = GetActiveSnapshot();
+    SnapshotKey key = key_of(s);
     MemoryContext old;
-    KneModel     *model;
-    KneView      *view;
+    KneModel *model;
+    KneView *view;
 
     if (s->snapshot_type == SNAPSHOT_MVCC && kept.view && memcmp(&key, &kept.key, sizeof key) == 0 &&
         as_of == kept.as_of && (model_name == NULL) == (kept.model_name == NULL) &&
@@ -200,7 +204,7 @@ kne_put_view(kne_wbuf *w, const KneView *view)
 typedef struct Reading
 {
     MemoryContext mcxt;
-    bool          own_transaction, own_snapshot;
+    bool own_transaction, own_snapshot;
 } Reading;
 
 static void
@@ -234,11 +238,13 @@ reading_end(Reading *r)
 static void
 put_rows(kne_wbuf *w, int64 edit_id, int32 generation)
 {
-    static KnePlan plan = {"SELECT layer, neuron, CASE matrix WHEN 'down' THEN 0 WHEN 'gate' THEN 1 ELSE 2 END, delta"
-                           " FROM kne.weight_delta WHERE edit_id = $1 AND generation = $2 ORDER BY 1, 2, 3",
-                           2, {INT8OID, INT4OID}};
-    Datum          values[2];
-    uint64         rows;
+    static KnePlan plan = {
+        "SELECT layer, neuron, CASE matrix WHEN 'down' THEN 0 WHEN 'gate' THEN 1 ELSE 2 END, delta"
+        " FROM kne.weight_delta WHERE edit_id = $1 AND generation = $2 ORDER BY 1, 2, 3",
+        2,
+        {INT8OID, INT4OID}};
+    Datum values[2];
+    uint64 rows;
 
     values[0] = Int64GetDatum(edit_id);
     values[1] = Int32GetDatum(generation);
@@ -246,13 +252,14 @@ put_rows(kne_wbuf *w, int64 edit_id, int32 generation)
     kne_put_u32(w, (uint32) rows);
     for (uint64 i = 0; i < rows; i++)
     {
-        bool       isnull;
-        Datum      d = kne_spi_datum(i, 4, &isnull);
+        bool isnull;
+        Datum d = kne_spi_datum(i, 4, &isnull);
         ArrayType *delta = DatumGetArrayTypeP(d);
 
         if (ARR_NDIM(delta) != 1 || ARR_HASNULL(delta) || ARR_ELEMTYPE(delta) != FLOAT4OID)
-            ereport(ERROR, (errcode(ERRCODE_DATA_CORRUPTED),
-                            errmsg("kne.weight_delta of edit " INT64_FORMAT " has a malformed row", edit_id)));
+            ereport(ERROR,
+                    (errcode(ERRCODE_DATA_CORRUPTED),
+                     errmsg("kne.weight_delta of edit " INT64_FORMAT " has a malformed row", edit_id)));
         kne_put_i32(w, kne_spi_int4(i, 1));
         kne_put_i32(w, kne_spi_int4(i, 2));
         kne_put_u8(w, (uint8) kne_spi_int4(i, 3));
@@ -266,15 +273,16 @@ put_rows(kne_wbuf *w, int64 edit_id, int32 generation)
 static void
 supply_delta(const KneView *view, const uint8 *digest)
 {
-    Reading  r;
+    Reading r;
     kne_wbuf w;
     KneReply reply;
-    int      i = 0;
+    int i = 0;
 
     while (i < view->n && memcmp(view->digest[i], digest, 32) != 0)
         i++;
     if (i == view->n)
-        ereport(ERROR, (errcode(ERRCODE_PROTOCOL_VIOLATION), errmsg("the engine asks for an edit that is not in the set")));
+        ereport(ERROR, (errcode(ERRCODE_PROTOCOL_VIOLATION),
+                        errmsg("the engine asks for an edit that is not in the set")));
     kne_wbuf_init(&w);
     kne_put(&w, digest, 32);
     reading_begin(&r);
@@ -295,7 +303,7 @@ supply_set(const KneView *view)
     {
         kne_wbuf w;
         KneReply reply;
-        uint32   n;
+        uint32 n;
 
         kne_wbuf_init(&w);
         kne_put_view(&w, view);
@@ -318,7 +326,7 @@ supply_set(const KneView *view)
         n = kne_get_count(&reply.body, 32);
         for (uint32 i = 0; i < n; i++)
         {
-            const uint8  *digest = kne_get(&reply.body, 32);
+            const uint8 *digest = kne_get(&reply.body, 32);
             MemoryContext one = AllocSetContextCreate(mcxt, "kne delta", ALLOCSET_DEFAULT_SIZES);
 
             MemoryContextSwitchTo(one);
@@ -328,12 +336,14 @@ supply_set(const KneView *view)
         }
         kne_reply_done(&reply);
     }
-    ereport(ERROR, (errcode(ERRCODE_INTERNAL_ERROR), errmsg("the engine does not accept the set of active edits"),
-                    errdetail("Model \"%s\", %d edits.", view->model->name, view->n)));
+    ereport(ERROR,
+            (errcode(ERRCODE_INTERNAL_ERROR), errmsg("the engine does not accept the set of active edits"),
+             errdetail("Model \"%s\", %d edits.", view->model->name, view->n)));
 }
 
 void
-kne_call_view(const KneView *view, uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, KneReply *reply)
+kne_call_view(const KneView *view, uint16 type, const kne_wbuf *body, KneProgress progress, void *arg,
+              KneReply *reply)
 {
     for (int round = 0; round < 8; round++)
     {
@@ -346,5 +356,6 @@ kne_call_view(const KneView *view, uint16 type, const kne_wbuf *body, KneProgres
         supply_set(view);
     }
     ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("the engine cannot keep the set of active edits"),
-                    errdetail("Model \"%s\", %d edits; the engine forgot it again and again.", view->model->name, view->n)));
+                    errdetail("Model \"%s\", %d edits; the engine forgot it again and again.",
+                              view->model->name, view->n)));
 }
