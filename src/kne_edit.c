@@ -239,7 +239,10 @@ provenance(batch *b, kne_err *err)
     kne_sha256 *h = kne_sha256_new();
     size_t      size = sizeof options + 512;
 
-    if (!h || !(b->result->provenance = malloc(size)))
+    b->result->provenance = malloc(size);
+    if (!b->result->provenance && h)
+        kne_sha256_end(h, digest); /* frees it */
+    if (!h || !b->result->provenance)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     for (int32_t i = 0; i < b->job->n_known; i++)
     {

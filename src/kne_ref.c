@@ -16,6 +16,7 @@ struct kne_ref_cache
 {
     kne_ref **slot; /* (cap), NULL: free */
     size_t    cap, n;
+    size_t    budget; /* bytes */
     uint64_t  job;
 };
 
@@ -48,8 +49,15 @@ kne_ref_cache_new(struct kne_ref_cache **out, kne_err *err)
         free(c);
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     }
+    c->budget = BUDGET;
     *out = c;
     return KNE_OK;
+}
+
+void
+kne_ref_cache_limit(struct kne_ref_cache *c, size_t bytes)
+{
+    c->budget = bytes;
 }
 
 static void
@@ -60,24 +68,35 @@ ref_free(kne_ref *r)
     free(r);
 }
 
+static void
+forget_all(kne_ref_cache *c)
+{
+    for (size_t i = 0; i < c->cap; i++)
+        if (c->slot[i])
+        {
+            ref_free(c->slot[i]);
+            c->slot[i] = NULL;
+        }
+    c->n = 0;
+}
+
 void
 kne_ref_cache_free(struct kne_ref_cache *c)
 {
     if (!c)
         return;
-    for (size_t i = 0; i < c->cap; i++)
-        if (c->slot[i])
-            ref_free(c->slot[i]);
+    forget_all(c);
     free(c->slot);
     free(c);
 }
 
+/* How many rows are kept is part of the key, so that an answer does not depend on what was asked before. */
 static kne_ref **
-find(kne_ref_cache *c, uint64_t key)
+find(kne_ref_cache *c, uint64_t key, int32_t n_rows)
 {
     size_t i = key & (c->cap - 1);
 
-    while (c->slot[i] && c->slot[i]->key != key)
+    while (c->slot[i] && (c->slot[i]->key != key || c->slot[i]->n_rows != n_rows))
         i = (i + 1) & (c->cap - 1);
     return &c->slot[i];
 }
@@ -102,7 +121,7 @@ rebuild(kne_ref_cache *c, size_t cap, uint64_t oldest, kne_err *err)
             ref_free(old[i]);
         else
         {
-            *find(c, old[i]->key) = old[i];
+            *find(c, old[i]->key, old[i]->n_rows) = old[i];
             c->n++;
         }
     }
@@ -119,6 +138,12 @@ bytes_in_use(const kne_ref_cache *c, int32_t L, int32_t f)
         if (c->slot[i])
             b += ((size_t) c->slot[i]->n_rows + (c->slot[i]->score != NULL)) * (size_t) L * (size_t) f * sizeof(float);
     return b;
+}
+
+static int32_t
+rows_kept(const kne_tokens *t, int32_t max_rows)
+{
+    return t->n - 1 < max_rows ? t->n - 1 : max_rows;
 }
 
 /* Forward what is packed (facts[from..]) and keep each one's activations. */
@@ -162,12 +187,14 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
     kne_ref     **fresh = NULL;
     float        *logp = NULL;
     int32_t      *best = NULL;
+    size_t        per_fact = c->budget / 2 / row_bytes / (size_t) (n ? n : 1);
     kne_status    st = KNE_OK;
 
+    max_rows = per_fact < 1 ? 1 : per_fact > 1 << 20 ? 1 << 20 : (int32_t) per_fact;
     c->job++;
     for (int32_t i = 0; i < n; i++)
     {
-        kne_ref *r = *find(c, fact_key(&fact[i]));
+        kne_ref *r = *find(c, fact_key(&fact[i]), rows_kept(&fact[i], max_rows));
 
         if (r)
             r->used = c->job;
@@ -177,12 +204,10 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
             rows = fact[i].n > rows ? fact[i].n : rows;
         }
     }
-    if (missing && bytes_in_use(c, L, f) > BUDGET / 2)
+    if (missing && bytes_in_use(c, L, f) > c->budget / 2)
         KNE_TRY(rebuild(c, c->cap, c->job, err));
     while ((c->n + (size_t) missing) * 2 > c->cap)
         KNE_TRY(rebuild(c, c->cap * 2, 0, err));
-    size_t per_fact = BUDGET / 2 / row_bytes / (size_t) (n ? n : 1);
-    max_rows = per_fact < 1 ? 1 : per_fact > 1 << 20 ? 1 << 20 : (int32_t) per_fact;
 
     rows = rows > PASS_ROWS ? rows : PASS_ROWS;
     for (int turn = 0; turn < 2 && st == KNE_OK && missing; turn++)
@@ -199,7 +224,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
 
     for (int32_t i = 0; i < n && st == KNE_OK; i++)
     {
-        kne_ref **at = find(c, fact_key(&fact[i]));
+        kne_ref **at = find(c, fact_key(&fact[i]), rows_kept(&fact[i], max_rows));
 
         if (!*at)
         {
@@ -209,7 +234,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
             {
                 r->key = fact_key(&fact[i]);
                 r->used = c->job;
-                r->n_rows = fact[i].n - 1 < max_rows ? fact[i].n - 1 : max_rows;
+                r->n_rows = rows_kept(&fact[i], max_rows);
                 r->a = malloc((size_t) r->n_rows * row_bytes);
             }
             if (!r || !r->a)
@@ -242,8 +267,8 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
     /* entries that a failure left without content must not be found again */
     for (int32_t i = 0; i < n_fresh; i++)
         fresh[i]->used = 0;
-    if (n_fresh)
-        rebuild(c, c->cap, 1, NULL);
+    if (n_fresh && rebuild(c, c->cap, 1, NULL) != KNE_OK)
+        forget_all(c);
     kne_work_free(w);
     kne_arena_free(&arena);
     return st;
@@ -274,14 +299,14 @@ kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, cons
     {
         kne_ref *r = ref[pick[i]];
 
-        if (r->score && r->score_key == key)
+        if (r->score && r->score_key == key) /* or picked twice: the same fact may be known twice */
             continue;
         if (!r->score && !(r->score = malloc(len * sizeof(float))))
             st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
         else
         {
             memset(r->score, 0, len * sizeof(float));
-            r->score_key = 0;
+            r->score_key = key;
             todo[n] = fact[pick[i]];
             who[n++] = r;
             tokens += fact[pick[i]].n - fact[pick[i]].n_prompt;
@@ -296,11 +321,15 @@ kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, cons
                 score[k++] = who[i]->score;
         st = kne_attribute(m, be, NULL, &all, todo, n, score, calls, err);
     }
-    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+    for (int32_t i = 0; i < n; i++)
     {
-        for (size_t k = 0; k < len; k++)
+        for (size_t k = 0; k < len && st == KNE_OK; k++)
             who[i]->score[k] = fabsf(who[i]->score[k]);
-        who[i]->score_key = key;
+        if (st != KNE_OK) /* half a score must not be found again */
+        {
+            free(who[i]->score);
+            who[i]->score = NULL;
+        }
     }
     free(todo);
     free(score);

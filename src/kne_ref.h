@@ -23,6 +23,9 @@ typedef struct kne_ref
 
 typedef struct kne_ref_cache kne_ref_cache;
 
+/* Half of the bytes go to one job's activations; what earlier jobs left is dropped above the other half. */
+void kne_ref_cache_limit(kne_ref_cache *c, size_t bytes);
+
 /* ref[i] for each fact: its activations, computed where the cache lacks them. Valid until the next call of kne_refs
  * on the cache. At most `budget` bytes of activations: long facts keep their last rows. */
 kne_status kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens *fact, int32_t n,
