@@ -188,6 +188,7 @@ put_outcome(kne_wbuf *w, const kne_edit_outcome *o)
     kne_put_f64(w, o->p_before);
     kne_put_f64(w, o->p_after);
     kne_put_f64(w, o->norm);
+    kne_put_str(w, o->answer_before ? o->answer_before : "");
     put_ensemble(w, o);
     kne_put(w, o->delta ? o->delta->digest : none, KNE_DIGEST_LEN);
     if (o->delta)
