@@ -115,6 +115,16 @@ collect(KnePlan *plan, Datum *values, MemoryContext mcxt, KneKnown **list)
     return n;
 }
 
+/* The same words can be split into subject and relation in more than one way. */
+static bool
+is_asked(char **prompt, int n, const char *known)
+{
+    for (int i = 0; i < n; i++)
+        if (strcmp(prompt[i], known) == 0)
+            return true;
+    return false;
+}
+
 int
 kne_known_facts(KneModel *model, int n_edits, char **subject, char **relation, int most, uint64 seed,
                 KneKnown **out)
@@ -141,22 +151,27 @@ kne_known_facts(KneModel *model, int n_edits, char **subject, char **relation, i
                                    " WHERE e.model_id = $1 AND e.valid_to IS NULL AND e.edit_id IS NOT NULL"
                                    " AND e.subject = f.subject AND e.relation = f.relation)" ORDER,
                              TYPES};
-    /* The prompts of the general list are free text: whatever speaks of a subject being edited stays out. */
+    /* The prompts of the general list are free text: what names a subject being edited, as a word, stays out. */
     static KnePlan general = {
         "SELECT '', '', g.object, g.prompt, NULL::bigint FROM kne.general_fact g WHERE $1 IS NOT NULL"
         " AND $3 IS NOT NULL AND NOT EXISTS (SELECT FROM unnest($2) e (s)"
-        " WHERE position(lower(e.s) IN lower(g.prompt)) > 0)"
+        " WHERE lower(g.prompt) ~ ('(^|[^[:alnum:]])'"
+        " || regexp_replace(lower(e.s), '[^[:alnum:][:space:]]', E'\\\\\\\\\\\\&', 'g') || '([^[:alnum:]]|$)'))"
         " ORDER BY hashtextextended(g.prompt COLLATE \"C\", $4), g.prompt COLLATE \"C\" LIMIT $5",
         TYPES};
     MemoryContext mcxt = CurrentMemoryContext;
     Datum values[5];
     KneKnown *list[4];
+    char **prompt;
     int have[4], take[4];
     int n = 0;
 
     *out = palloc(sizeof(KneKnown) * Max(most, 1));
     if (most <= 0)
         return 0;
+    prompt = palloc(sizeof(char *) * Max(n_edits, 1));
+    for (int i = 0; i < n_edits; i++)
+        prompt[i] = kne_prompt(subject[i], relation[i]);
     values[0] = Int32GetDatum(model->model_id);
     values[1] = text_array(subject, n_edits);
     values[2] = text_array(relation, n_edits);
@@ -179,7 +194,8 @@ kne_known_facts(KneModel *model, int n_edits, char **subject, char **relation, i
     }
     for (int g = 0; g < 4; g++)
         for (int i = 0; i < take[g]; i++)
-            (*out)[n++] = list[g][i];
+            if (!is_asked(prompt, n_edits, list[g][i].prompt))
+                (*out)[n++] = list[g][i];
     return n;
 }
 
