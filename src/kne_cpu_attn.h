@@ -76,10 +76,7 @@ dots(kne_real *s, const kne_real *q, const kne_real *k, int64_t ldk, int64_t n, 
             a2 += v * LOAD(k + 2 * ldk + i, 0);
             a3 += v * LOAD(k + 3 * ldk + i, 0);
         }
-        s[j] = vr_sum(a0);
-        s[j + 1] = vr_sum(a1);
-        s[j + 2] = vr_sum(a2);
-        s[j + 3] = vr_sum(a3);
+        vr_sum4(s + j, a0, a1, a2, a3);
     }
     for (; j < n; j++, k += ldk)
     {
@@ -91,87 +88,121 @@ dots(kne_real *s, const kne_real *q, const kne_real *k, int64_t ldk, int64_t n, 
     }
 }
 
-/* y[0..d) = y * scale + sum over j < n of p[j * ldp] m[j, :], in order of j. */
+/* V vectors of y from i on: P accumulators each, j = 0, P, ... and so on, added up at the end. */
+INLINE void
+weighted_part(const int V, const int P, kne_real *y, kne_real scale, const kne_real *p, int64_t ldp,
+              const kne_real *m, int64_t ldm, int64_t n, int64_t left)
+{
+    vr      acc[8];
+    int64_t j = 0;
+
+    for (int i = 0; i < V * P; i++)
+        acc[i] = vr_set1(0);
+    for (; j + P <= n; j += P)
+        for (int h = 0; h < P; h++, m += ldm)
+            for (int i = 0; i < V; i++)
+                acc[h * V + i] += (V > 1 ? vr_load(m + i * LANES) : LOAD(m, 0)) * p[(j + h) * ldp];
+    for (; j < n; j++, m += ldm)
+        for (int i = 0; i < V; i++)
+            acc[i] += (V > 1 ? vr_load(m + i * LANES) : LOAD(m, 0)) * p[j * ldp];
+    for (int i = 0; i < V; i++)
+    {
+        for (int h = 1; h < P; h++)
+            acc[i] += acc[h * V + i];
+        if (V > 1)
+            vr_store(y + i * LANES, vr_load(y + i * LANES) * scale + acc[i]);
+        else
+            STORE(y, LOAD(y, 0) * scale + acc[i]);
+    }
+}
+
+/* y[0..d) = y * scale + sum over j < n of p[j * ldp] m[j, :], in an order that n and d fix. */
 INLINE void
 weighted_sum(kne_real *y, kne_real scale, const kne_real *p, int64_t ldp, const kne_real *m,
              int64_t ldm, int64_t n, int64_t d)
 {
-    int64_t i0 = 0;
+    int64_t i = 0;
 
-    for (; i0 + 4 * LANES <= d; i0 += 4 * LANES)
-    {
-        vr              a0 = vr_load(y + i0) * scale, a1 = vr_load(y + i0 + LANES) * scale;
-        vr              a2 = vr_load(y + i0 + 2 * LANES) * scale;
-        vr              a3 = vr_load(y + i0 + 3 * LANES) * scale;
-        const kne_real *mj = m + i0;
-
-        for (int64_t j = 0; j < n; j++, mj += ldm)
-        {
-            kne_real w = p[j * ldp];
-
-            a0 += vr_load(mj) * w;
-            a1 += vr_load(mj + LANES) * w;
-            a2 += vr_load(mj + 2 * LANES) * w;
-            a3 += vr_load(mj + 3 * LANES) * w;
-        }
-        vr_store(y + i0, a0);
-        vr_store(y + i0 + LANES, a1);
-        vr_store(y + i0 + 2 * LANES, a2);
-        vr_store(y + i0 + 3 * LANES, a3);
-    }
-    for (int64_t left = d - i0; left > 0; i0 += LANES, left -= LANES)
-    {
-        vr a0 = LOAD(y + i0, 0) * scale;
-
-        for (int64_t j = 0; j < n; j++)
-            a0 += LOAD(m + j * ldm + i0, 0) * p[j * ldp];
-        STORE(y + i0, a0);
-    }
+    for (; i + 4 * LANES <= d; i += 4 * LANES)
+        weighted_part(4, 2, y + i, scale, p, ldp, m + i, ldm, n, 0);
+    for (; i + 2 * LANES <= d; i += 2 * LANES)
+        weighted_part(2, 4, y + i, scale, p, ldp, m + i, ldm, n, 0);
+    for (; i < d; i += LANES)
+        weighted_part(1, 4, y + i, scale, p, ldp, m + i, ldm, n, d - i);
 }
 
 OP_ARGS(attention, kne_real *o; kne_real *lse; const kne_real *q; const kne_real *k;
         const kne_real *v; const kne_attn_shape *sh;)
 
-/* One query of one head: n keys. */
+/*
+ * ni queries of one head, the first of which sees `seen` keys and each next one more. In
+ * phases over the tile, for what one phase stores is then out of the way of the next.
+ */
 INLINE void
-attention_query(const attention_args *a, kne_real *o, kne_real *lse, const kne_real *q,
-                const kne_real *k, const kne_real *v, int64_t ldkv, int64_t n, kne_real *s)
+attention_tile(kne_real *o, kne_real *lse, const kne_real *q, const kne_real *k, const kne_real *v,
+               int64_t ni, int64_t seen, int64_t hd, int64_t ldq, int64_t ldkv, int64_t n_heads,
+               kne_real scale, kne_real *s)
 {
-    int64_t  hd = a->sh->head_dim;
-    kne_real scale = (kne_real) a->sh->scale, max = -INFINITY, c;
-    double   sum = 0;
+    kne_real max[QUERY_BLOCK], c[QUERY_BLOCK];
+    double   sum[QUERY_BLOCK];
 
-    for (int64_t i = 0; i < hd; i++)
-        o[i] = 0;
-    for (int64_t j = 0; j < n; j += KEY_BLOCK)
+    for (int64_t i = 0; i < ni; i++)
     {
-        int64_t  nj = n - j < KEY_BLOCK ? n - j : KEY_BLOCK;
-        kne_real m = max;
-        vr       acc = vr_set1(0);
-
-        dots(s, q, k + j * ldkv, ldkv, nj, hd);
-        for (int64_t i = 0; i < nj; i++)
-        {
-            s[i] *= scale;
-            m = s[i] > m ? s[i] : m;
-        }
-        c = j == 0 ? 0 : (kne_real) exp((double) (max - m));
-        max = m;
-        FOR_VECTORS(i, nj)
-        {
-            vr e = vr_exp(LOAD(s + i, -INFINITY) - max);
-
-            acc += e;
-            STORE(s + i, e);
-        }
-        sum = sum * (double) c + (double) vr_sum(acc);
-        weighted_sum(o, c, s, 1, v + j * ldkv, ldkv, nj, hd);
+        max[i] = -INFINITY;
+        sum[i] = 0;
+        memset(o + i * ldq, 0, (size_t) hd * sizeof(kne_real));
     }
-    c = (kne_real) (1.0 / sum);
-    FOR_VECTORS(i, hd)
-        STORE(o + i, LOAD(o + i, 0) * c);
-    if (lse)
-        *lse = (kne_real) ((double) max + log(sum));
+    for (int64_t j = 0; j < seen + ni - 1; j += KEY_BLOCK)
+    {
+        int64_t first = j < seen ? 0 : j - seen + 1; /* queries before it see no key of the block */
+
+        for (int64_t i = first; i < ni; i++)
+        {
+            int64_t nj = seen + i - j < KEY_BLOCK ? seen + i - j : KEY_BLOCK;
+
+            dots(s + i * KEY_BLOCK, q + i * ldq, k + j * ldkv, ldkv, nj, hd);
+        }
+        for (int64_t i = first; i < ni; i++)
+        {
+            int64_t   nj = seen + i - j < KEY_BLOCK ? seen + i - j : KEY_BLOCK;
+            kne_real *si = s + i * KEY_BLOCK, m;
+            vr        acc = vr_set1(0), top = vr_set1(max[i]);
+
+            FOR_VECTORS(e, nj)
+            {
+                vr x = LOAD(si + e, -INFINITY) * scale;
+
+                top = vr_max(x, top);
+                STORE(si + e, x);
+            }
+            m = vr_max_lane(top);
+            c[i] = j == 0 ? 0 : (kne_real) exp((double) (max[i] - m));
+            max[i] = m;
+            FOR_VECTORS(e, nj)
+            {
+                vr x = vr_exp(LOAD(si + e, -INFINITY) - m);
+
+                acc += x;
+                STORE(si + e, x);
+            }
+            sum[i] = sum[i] * (double) c[i] + (double) vr_sum(acc);
+        }
+        for (int64_t i = first; i < ni; i++)
+        {
+            int64_t nj = seen + i - j < KEY_BLOCK ? seen + i - j : KEY_BLOCK;
+
+            weighted_sum(o + i * ldq, c[i], s + i * KEY_BLOCK, 1, v + j * ldkv, ldkv, nj, hd);
+        }
+    }
+    for (int64_t i = 0; i < ni; i++)
+    {
+        kne_real r = (kne_real) (1.0 / sum[i]);
+
+        FOR_VECTORS(e, hd)
+            STORE(o + i * ldq + e, LOAD(o + i * ldq + e, 0) * r);
+        if (lse)
+            lse[i * n_heads] = (kne_real) ((double) max[i] + log(sum[i]));
+    }
 }
 
 /* "Rows" are (sequence, head) pairs. */
@@ -189,14 +220,13 @@ attention_rows(const attention_args *a, int64_t r0, int64_t r1, char *scratch)
         const kne_real *k = a->k + seq->kv0 * ldkv + h / group * hd;
         const kne_real *v = a->v + seq->kv0 * ldkv + h / group * hd;
 
-        for (int64_t i = 0; i < seq->q_len; i++)
+        for (int64_t i = 0; i < seq->q_len; i += QUERY_BLOCK)
         {
-            int64_t row = seq->q0 + i;
+            int64_t row = seq->q0 + i, ni = seq->q_len - i < QUERY_BLOCK ? seq->q_len - i : QUERY_BLOCK;
 
-            attention_query(a, a->o + row * ldq + h * hd,
-                            a->lse ? a->lse + row * sh->n_heads + h : NULL,
-                            a->q + row * ldq + h * hd, k, v, ldkv, seq->kv_len - seq->q_len + i + 1,
-                            (kne_real *) scratch);
+            attention_tile(a->o + row * ldq + h * hd, a->lse ? a->lse + row * sh->n_heads + h : NULL,
+                           a->q + row * ldq + h * hd, k, v, ni, seq->kv_len - seq->q_len + i + 1, hd,
+                           ldq, ldkv, sh->n_heads, (kne_real) sh->scale, (kne_real *) scratch);
         }
     }
 }

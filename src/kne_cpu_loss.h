@@ -1,29 +1,35 @@
 /*
  * kne_cpu_loss.h - log-softmax, target log-probability, KL divergence (part of
  * kne_cpu_ops_impl.h). Sums: lanes over blocks of 512, blocks added in double.
+ * dlogits holds intermediates: it must not be the logits.
  */
 
 /* The largest element; its lowest index in *best. NaN is never the largest. */
 INLINE kne_real
 row_max(const kne_real *x, int64_t n, int32_t *best)
 {
-    vr       m = vr_set1(-INFINITY);
-    kne_real s[LANES], max;
+    kne_real max = -INFINITY;
+    int64_t  block = 0; /* the first with the largest */
 
-    FOR_VECTORS(i, n)
+    for (int64_t b = 0; b < n; b += SUM_BLOCK)
     {
-        vr v = LOAD(x + i, -INFINITY);
+        int64_t  e = n - b < SUM_BLOCK ? n - b : SUM_BLOCK;
+        vr       m = vr_set1(-INFINITY);
+        kne_real here;
 
-        m = vr_select(v > m, v, m);
+        FOR_VECTORS(i, e)
+            m = vr_max(LOAD(x + b + i, -INFINITY), m);
+        here = vr_max_lane(m);
+        if (here > max)
+        {
+            max = here;
+            block = b;
+        }
     }
-    vr_store(s, m);
-    max = s[0];
-    for (int i = 1; i < LANES; i++)
-        max = s[i] > max ? s[i] : max;
     if (best)
     {
         *best = 0;
-        for (int64_t i = 0; i < n; i++)
+        for (int64_t i = block; i < n && i < block + SUM_BLOCK; i++)
             if (x[i] == max)
             {
                 *best = (int32_t) i;
@@ -40,18 +46,32 @@ typedef struct row_sum
     double   sum; /* of exp(x - max) */
 } row_sum;
 
+/* exps (or NULL): where to leave exp(x - max). */
 INLINE row_sum
-row_exp_sum(const kne_real *x, int64_t n, int32_t *best)
+row_exp_sum(const kne_real *x, int64_t n, int32_t *best, kne_real *exps)
 {
     row_sum s = {.max = row_max(x, n, best)};
 
     if (s.max == -INFINITY)
         s.max = 0;
-    BLOCK_SUM(s.sum, n, vr_exp(LOAD(x + i, -INFINITY) - s.max));
+    for (int64_t b = 0; b < n; b += SUM_BLOCK)
+    {
+        int64_t e = n - b < SUM_BLOCK ? n - b : SUM_BLOCK;
+        vr      acc = vr_set1(0);
+
+        FOR_VECTORS(i, e)
+        {
+            /* filled lanes give 0 */
+            vr v = vr_exp(LOAD(x + b + i, -INFINITY) - s.max);
+
+            acc += v;
+            if (exps)
+                STORE(exps + b + i, v);
+        }
+        s.sum += (double) vr_sum(acc);
+    }
     return s;
 }
-
-/* vr_exp of the filled lanes of a partial load is 0, so they add nothing. */
 
 OP_ARGS(logprob, kne_real *logp; int32_t *best; kne_real *dlogits; const kne_real *logits;
         const int32_t *target; const kne_real *coef; int64_t v;)
@@ -62,17 +82,17 @@ logprob_rows(const logprob_args *a, int64_t r0, int64_t r1, char *scratch)
     for (int64_t r = r0; r < r1; r++)
     {
         const kne_real *x = a->logits + r * a->v;
-        row_sum         s = row_exp_sum(x, a->v, a->best ? &a->best[r] : NULL);
+        kne_real       *g = a->dlogits ? a->dlogits + r * a->v : NULL;
+        row_sum         s = row_exp_sum(x, a->v, a->best ? &a->best[r] : NULL, g);
 
         if (a->logp)
             a->logp[r] = (kne_real) ((double) x[a->target[r]] - (double) s.max - log(s.sum));
-        if (a->dlogits)
+        if (g)
         {
-            kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
-            kne_real  scale = (kne_real) (-(double) c / s.sum);
+            kne_real c = a->coef[r], scale = (kne_real) (-(double) c / s.sum);
 
             FOR_VECTORS(i, a->v)
-                STORE(g + i, vr_exp(LOAD(x + i, 0) - s.max) * scale);
+                STORE(g + i, LOAD(g + i, 0) * scale);
             g[a->target[r]] += c;
         }
     }
@@ -96,7 +116,8 @@ kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
     for (int64_t r = r0; r < r1; r++)
     {
         const kne_real *x = a->logits + r * a->v, *ref = a->ref + r * a->v;
-        row_sum         s = row_exp_sum(x, a->v, NULL);
+        kne_real       *g = a->dlogits ? a->dlogits + r * a->v : NULL, c = g ? a->coef[r] : 0;
+        row_sum         s = row_exp_sum(x, a->v, NULL, g);
         kne_real        log_sum = (kne_real) log(s.sum), scale = (kne_real) (1 / s.sum);
         double          sum = 0;
 
@@ -111,18 +132,13 @@ kl_rows(const kl_args *a, int64_t r0, int64_t r1, char *scratch)
                 vr term = p * (q - (LOAD(x + b + i, 0) - s.max - log_sum));
 
                 acc += vr_select(p > zero, term, zero); /* 0 log 0 = 0 */
+                if (g)
+                    STORE(g + b + i, (LOAD(g + b + i, 0) * scale - p) * c);
             }
             sum += (double) vr_sum(acc);
         }
         if (a->kl)
             a->kl[r] = (kne_real) sum;
-        if (a->dlogits)
-        {
-            kne_real *g = a->dlogits + r * a->v, c = a->coef[r];
-
-            FOR_VECTORS(i, a->v)
-                STORE(g + i, (vr_exp(LOAD(x + i, 0) - s.max) * scale - vr_exp(LOAD(ref + i, 0))) * c);
-        }
     }
 }
 OP_TASK(kl)
@@ -143,7 +159,7 @@ log_softmax_rows(const log_softmax_args *a, int64_t r0, int64_t r1, char *scratc
     {
         const kne_real *x = a->logits + r * a->v;
         kne_real       *y = a->logp + r * a->v;
-        row_sum         s = row_exp_sum(x, a->v, NULL);
+        row_sum         s = row_exp_sum(x, a->v, NULL, NULL);
         kne_real        log_sum = (kne_real) log(s.sum);
 
         FOR_VECTORS(i, a->v)
