@@ -1102,7 +1102,7 @@ typedef struct outcome
 {
     int64_t    edit_id;
     int        outcome;
-    char       message[600];
+    char       message[600], answer[200];
     double     before, after;
     uint32_t   n_ensemble;
     uint8_t    digest[KNE_DIGEST_LEN];
@@ -1140,6 +1140,8 @@ read_outcomes(answer *a, outcome *out, int max)
         o.before = kne_get_f64(r);
         o.after = kne_get_f64(r);
         kne_get_f64(r);
+        s = kne_get_bytes(r, &len);
+        snprintf(o.answer, sizeof o.answer, "%.*s", (int) len, s);
         o.n_ensemble = kne_get_count(r, 16);
         for (uint32_t k = 0; k < o.n_ensemble; k++)
         {
@@ -1178,8 +1180,10 @@ test_edit(int fd)
     ask_status(fd, work, sizeof work, NULL, NULL, &before);
     edit_body(&w, NULL, 1, id, false);
     a = client_call_counting(fd, KNE_MSG_EDIT, 4242, &w, &progress);
-    check(read_outcomes(&a, o, 1) == 1 && o[0].edit_id == id && o[0].outcome == KNE_OUTCOME_APPLIED &&
-          o[0].n_ensemble > 0 && o[0].delta, "EDIT: applied, p %.4f to %.4f, %s", o[0].before, o[0].after, o[0].message);
+    int n_read = read_outcomes(&a, o, 1);
+    check(n_read == 1 && o[0].edit_id == id && o[0].outcome == KNE_OUTCOME_APPLIED &&
+          o[0].n_ensemble > 0 && o[0].delta && strstr(o[0].answer, object),
+          "EDIT: applied, p %.4f to %.4f, the answer before \"%s\" %s", o[0].before, o[0].after, o[0].answer, o[0].message);
     answer_free(&a);
     check(progress > 0, "EDIT: %d PROGRESS frames", progress);
     ask_status(fd, work, sizeof work, NULL, NULL, &after);
