@@ -46,7 +46,8 @@ say(const char *fmt, ...)
     va_end(ap);
     n = n < (int) sizeof line - 1 ? n : (int) sizeof line - 2;
     line[n++] = '\n';
-    if (write(STDERR_FILENO, line, (size_t) n) < 0) /* one write, one line, whoever else writes there */
+    /* one write, one line, whoever else writes there */
+    if (write(STDERR_FILENO, line, (size_t) n) < 0)
         return;
 }
 
@@ -72,8 +73,8 @@ fail(int code, const char *fmt, ...)
 static int
 fail_err(int code, const kne_err *err)
 {
-    return fail(code, "%s%s%s%s%s", err->msg, err->detail[0] ? ". " : "", err->detail, err->hint[0] ? " " : "",
-                err->hint);
+    return fail(code, "%s%s%s%s%s", err->msg, err->detail[0] ? ". " : "", err->detail,
+                err->hint[0] ? " " : "", err->hint);
 }
 
 /* ---- options ---- */
@@ -92,7 +93,8 @@ number(const char *text, long min, long max, long *out)
 static int
 read_options(int argc, char **argv, options *o)
 {
-    enum { LISTEN_FD = 256, SECRET_FD, THREADS, DEVICE, MEMORY, SOCKET, SECRET_FILE, VERSION, HELP };
+    enum { LISTEN_FD = 256, SECRET_FD, THREADS, DEVICE, MEMORY, SOCKET, SECRET_FILE, VERSION,
+           HELP };
     static const struct option names[] = {
         {"listen-fd", required_argument, NULL, LISTEN_FD},
         {"secret-fd", required_argument, NULL, SECRET_FD},
@@ -150,7 +152,8 @@ read_options(int argc, char **argv, options *o)
                 fputs(usage, stdout);
                 return -1;
             default:
-                return fail(KNE_EXIT_USAGE, "unknown option or missing argument: \"%s\"", argv[optind - 1]);
+                return fail(KNE_EXIT_USAGE, "unknown option or missing argument: \"%s\"",
+                            argv[optind - 1]);
         }
         if (!ok)
             return fail(KNE_EXIT_USAGE, "\"%s\" is not a number in range", optarg);
@@ -230,7 +233,7 @@ on_terminate(int sig)
         _exit(KNE_EXIT_OK);
 }
 
-/* A page of a mapped file is gone: nothing that was computed can be trusted, and the next start begins afresh. */
+/* A page of a mapped file is gone: no number can be trusted, the next start begins afresh. */
 static void
 on_bus_error(int sig)
 {
@@ -304,8 +307,10 @@ open_device(const options *o, kne_backend **out, const char **note)
 
     *note = "";
     if (strncmp(o->device, "cuda", 4) == 0 && (o->device[4] == '\0' || o->device[4] == ':'))
-        return fail(KNE_EXIT_DEVICE, "device \"%s\" was asked for, but this build has no GPU backend; set "
-                    "kne.device to \"auto\" or \"cpu\"", o->device);
+        return fail(KNE_EXIT_DEVICE,
+                    "device \"%s\" was asked for, but this build has no GPU backend; set "
+                    "kne.device to \"auto\" or \"cpu\"",
+                    o->device);
     if (strcmp(o->device, "auto") == 0)
         *note = "no GPU backend in this build";
     else if (strcmp(o->device, "cpu") != 0)
@@ -318,7 +323,8 @@ open_device(const options *o, kne_backend **out, const char **note)
 int
 main(int argc, char **argv)
 {
-    options           o = {.listen_fd = -1, .secret_fd = -1, .device = "auto", .cache_bytes = (size_t) 1 << 30};
+    options           o = {.listen_fd = -1, .secret_fd = -1, .device = "auto",
+                           .cache_bytes = (size_t) 1 << 30};
     kne_server_config config = {.log = log_line};
     kne_backend      *backend = NULL;
     kne_err           err;

@@ -58,7 +58,7 @@ typedef struct kne_request
 
 kne_request *kne_request_new(uint64_t conn, uint16_t type, uint32_t id); /* NULL: out of memory */
 void         kne_request_free(kne_request *rq);
-/* Make the frame in w the answer; takes w's memory. Out of memory or too large: an ERROR frame instead. */
+/* Make the frame in w the answer; takes its memory. One that did not fit becomes an ERROR. */
 void         kne_request_answer(kne_request *rq, kne_wbuf *w);
 void         kne_request_error(kne_request *rq, const kne_err *err); /* cannot fail */
 /* A message of at most 511 bytes as UTF-8, whatever it quotes. */
@@ -74,8 +74,9 @@ void       kne_queue_free(kne_queue *q);
 int          kne_queue_fd(const kne_queue *q); /* readable: answers wait */
 void         kne_queue_push(kne_queue *q, kne_request *rq);
 kne_request *kne_queue_answers(kne_queue *q);  /* all that wait, oldest first, linked by next */
-/* edit_id 0: the whole request. One that has not begun is answered soon after, out of turn. Unknown ids are fine. */
-kne_status   kne_queue_cancel(kne_queue *q, uint64_t conn, uint32_t id, int64_t edit_id, kne_err *err);
+/* edit_id 0: the whole request. One that has not begun is answered soon, out of turn. */
+kne_status kne_queue_cancel(kne_queue *q, uint64_t conn, uint32_t id, int64_t edit_id,
+                            kne_err *err);
 void         kne_queue_hang_up(kne_queue *q, uint64_t conn);
 void         kne_queue_stop(kne_queue *q); /* compute's next look says so */
 bool         kne_queue_wait_ended(kne_queue *q, double seconds); /* has the compute thread ended */
@@ -84,12 +85,13 @@ bool         kne_queue_wait_ended(kne_queue *q, double seconds); /* has the comp
 typedef enum kne_wake { KNE_WAKE_WORK, KNE_WAKE_TIMEOUT, KNE_WAKE_STOP } kne_wake;
 
 kne_wake     kne_queue_wait(kne_queue *q, double seconds);
-int          kne_queue_waiting(kne_queue *q, kne_class from, kne_class to);           /* from <= class < to */
-kne_request *kne_queue_take(kne_queue *q, kne_class from, kne_class to);              /* NULL: none */
-void         kne_queue_finish(kne_queue *q, kne_request *rq);                         /* its answer is set */
-void         kne_queue_send(kne_queue *q, kne_request *progress);                     /* an extra frame */
-bool         kne_queue_dropped(kne_queue *q, const kne_request *rq);                  /* nobody waits for it */
-bool         kne_queue_cancelled(kne_queue *q, const kne_request *rq, int64_t edit_id); /* 0: the whole */
+int          kne_queue_waiting(kne_queue *q, kne_class from, kne_class to); /* from <= class < to */
+kne_request *kne_queue_take(kne_queue *q, kne_class from, kne_class to);    /* NULL: none */
+void         kne_queue_finish(kne_queue *q, kne_request *rq);               /* its answer is set */
+void         kne_queue_send(kne_queue *q, kne_request *progress);           /* an extra frame */
+bool         kne_queue_dropped(kne_queue *q, const kne_request *rq);        /* nobody waits */
+/* edit_id 0: the whole request */
+bool         kne_queue_cancelled(kne_queue *q, const kne_request *rq, int64_t edit_id);
 void         kne_queue_ended(kne_queue *q);
 
 /* ---- what STATUS shows of the compute thread; it writes, main reads ---- */

@@ -86,8 +86,8 @@ set_put(kne_call *c, kne_err *err)
         st = kne_malformed(c, err);
         goto out;
     }
-    st = kne_store_put_set(c->engine->store, c->loaded, c->set, (int32_t) n, edit_id, digest, missing,
-                           &n_missing, err);
+    st = kne_store_put_set(c->engine->store, c->loaded, c->set, (int32_t) n, edit_id, digest,
+                           missing, &n_missing, err);
     if (st == KNE_OK && n_missing)
     {
         c->answer = KNE_MSG_NEED_DELTAS;
@@ -113,14 +113,15 @@ delta_put(kne_call *c, kne_err *err)
     if (!digest)
         return kne_malformed(c, err);
     KNE_TRY(kne_delta_read(&c->in, digest, &d, err));
-    st = kne_get_done(&c->in) ? kne_store_put_delta(c->engine->store, d, err) : kne_malformed(c, err);
+    st = kne_get_done(&c->in) ? kne_store_put_delta(c->engine->store, d, err)
+                              : kne_malformed(c, err);
     kne_delta_release(d);
     return st;
 }
 
 /* ---- reads ---- */
 
-/* Encode a prompt and check that it is one: at least a token, no longer than the model's context. */
+/* Encode a prompt and check that it is one: at least a token, no more than the context holds. */
 static kne_status
 encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err)
 {
@@ -136,19 +137,20 @@ encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err)
     if (ids->n > m->arch.n_ctx)
     {
         kne_error(err, KNE_ERR_LIMIT, "the prompt is longer than the model's context");
-        kne_error_detail(err, "The prompt has %d tokens, the model's context %d.", ids->n, m->arch.n_ctx);
+        kne_error_detail(err, "The prompt has %d tokens, the model's context %d.", ids->n,
+                         m->arch.n_ctx);
         return KNE_ERR_LIMIT;
     }
     for (int32_t i = 0; i < ids->n; i++)
         if (ids->id[i] < 0 || ids->id[i] >= m->arch.vocab_size)
-            return kne_error(err, KNE_ERR_FORMAT, "token %d of the tokenizer has no row in the model",
-                             ids->id[i]);
+            return kne_error(err, KNE_ERR_FORMAT,
+                             "token %d of the tokenizer has no row in the model", ids->id[i]);
     return KNE_OK;
 }
 
 /*
  * The text of the continuation, as the difference that it makes to the prompt's: decoders treat the
- * first token of a text as such (SentencePiece's drop its space), so decoding it alone would be wrong.
+ * first token of a text as such (SentencePiece's drop its space), so it is not decoded alone.
  */
 static kne_status
 put_continuation(kne_call *c, const kne_ids *prompt, const kne_ids *more, kne_err *err)
@@ -235,8 +237,9 @@ score(kne_call *c, bool want_logp, kne_err *err)
         goto out;
     }
     if (n)
-        st = kne_score_facts(c->loaded->model, c->engine->backend, c->view, prompt, object, (int32_t) n,
-                             want_logp ? logp : NULL, want_logp ? NULL : right, kne_serve_yield, c, err);
+        st = kne_score_facts(c->loaded->model, c->engine->backend, c->view, prompt, object,
+                             (int32_t) n, want_logp ? logp : NULL, want_logp ? NULL : right,
+                             kne_serve_yield, c, err);
     if (st != KNE_OK)
         goto out;
     kne_put_u32(&c->out, n);
@@ -271,7 +274,7 @@ likelier(const float *logp, int32_t a, int32_t b)
     return logp[a] > logp[b] || (logp[a] == logp[b] && a < b);
 }
 
-/* The k likeliest of n, likeliest first: a heap of the best so far with the worst of them on top. */
+/* The k likeliest of n, likeliest first: a heap of the best so far, the worst of them on top. */
 static void
 top_k(const float *logp, int32_t n, int32_t k, int32_t *heap)
 {
@@ -350,7 +353,8 @@ one_pass(kne_call *c, const kne_ids *ids, kne_work **w, kne_err *err)
                    .out_row = &last};
     st = kne_store_work(c->loaded, c->view, ids->n, w, err);
     if (st == KNE_OK)
-        st = kne_forward(c->loaded->model, c->engine->backend, *w, &b, &c->view->overlay, NULL, 0, err);
+        st = kne_forward(c->loaded->model, c->engine->backend, *w, &b, &c->view->overlay, NULL, 0,
+                         err);
     free(pos);
     return st;
 }
@@ -438,7 +442,8 @@ detokenize(kne_call *c, kne_err *err)
     if (!id)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     memcpy(id, raw, (size_t) n * 4);
-    st = kne_tokenizer_decode(c->loaded->model->tokenizer, id, (int32_t) n, false, &text, &len, err);
+    st = kne_tokenizer_decode(c->loaded->model->tokenizer, id, (int32_t) n, false, &text, &len,
+                              err);
     if (st == KNE_OK)
         kne_put_bytes(&c->out, text, len);
     free(id);

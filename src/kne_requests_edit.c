@@ -197,7 +197,7 @@ put_outcome(kne_wbuf *w, const kne_edit_outcome *o)
         kne_put_u32(w, 0);
 }
 
-/* An EDIT that was cancelled whole before it began, perhaps out of turn: every edit's outcome says so. */
+/* An EDIT that was cancelled whole before it began: every edit's outcome says so. */
 static void
 put_all_cancelled(kne_call *c, const kne_edit_job *job)
 {

@@ -16,7 +16,8 @@
 #define TIDY_SECONDS  60.0
 
 kne_status
-kne_engine_new(kne_queue *queue, kne_backend *be, size_t cache_bytes, kne_engine **out, kne_err *err)
+kne_engine_new(kne_queue *queue, kne_backend *be, size_t cache_bytes, kne_engine **out,
+               kne_err *err)
 {
     kne_engine *e = calloc(1, sizeof *e);
     kne_status  st;
@@ -52,7 +53,8 @@ kne_serve_classify(uint16_t type, size_t len, kne_class *cls)
     if (!kind)
         return false;
     *cls = kind->cls;
-    if (kind->cls == KNE_CLASS_SHORT && len > LONG_BODY && (type == KNE_MSG_KNOWS || type == KNE_MSG_LOGPROB))
+    if (kind->cls == KNE_CLASS_SHORT && len > LONG_BODY &&
+        (type == KNE_MSG_KNOWS || type == KNE_MSG_LOGPROB))
         *cls = KNE_CLASS_LONG;
     return true;
 }
@@ -60,7 +62,8 @@ kne_serve_classify(uint16_t type, size_t len, kne_class *cls)
 kne_status
 kne_malformed(const kne_call *c, kne_err *err)
 {
-    return kne_error(err, KNE_ERR_PROTOCOL, "malformed %s", kne_request_kind_of(c->request->type)->name);
+    return kne_error(err, KNE_ERR_PROTOCOL, "malformed %s",
+                     kne_request_kind_of(c->request->type)->name);
 }
 
 void
@@ -176,7 +179,7 @@ kne_serve_yield(void *ctx)
     bool      edit = c->request->cls == KNE_CLASS_EDIT;
 
     serve_waiting(c->engine, c->request->cls);
-    /* A cancelled edit is an outcome, which the method itself comes to; a cancelled read just ends. */
+    /* A cancelled edit is an outcome, which the method comes to; a cancelled read just ends. */
     return kne_queue_dropped(c->engine->queue, c->request) ||
            (!edit && kne_queue_cancelled(c->engine->queue, c->request, 0));
 }

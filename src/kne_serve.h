@@ -25,7 +25,7 @@ kne_status kne_engine_new(kne_queue *queue, kne_backend *be, size_t cache_bytes,
 void       kne_engine_free(kne_engine *e); /* NULL is fine */
 void       kne_serve_run(kne_engine *e);   /* until the queue is stopped */
 
-/* The class of a request, by type and size. False: no such type for the compute thread. Any thread. */
+/* The class of a request, by type and size; false: no such type here. Any thread. */
 bool kne_serve_classify(uint16_t type, size_t len, kne_class *cls);
 
 /* ---- between kne_serve.c and the handlers (kne_requests.c, kne_requests_edit.c) ---- */
@@ -72,7 +72,8 @@ int kne_serve_yield(void *ctx);
 /* Text of what is going on, shown by STATUS; only the outermost call is. */
 void kne_serve_work(kne_call *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
-kne_status kne_malformed(const kne_call *c, kne_err *err); /* KNE_ERR_PROTOCOL, naming the request */
+/* KNE_ERR_PROTOCOL, naming the request */
+kne_status kne_malformed(const kne_call *c, kne_err *err);
 
 /* kne_requests_edit.c */
 kne_status kne_handle_edit(kne_call *c, kne_err *err);

@@ -142,7 +142,7 @@ accept_all(kne_server *s)
         {
             if (errno == EINTR || errno == ECONNABORTED)
                 continue;
-            /* Out of descriptors or memory: the listening socket stays readable, so look away for a moment. */
+            /* Out of descriptors or memory: the socket stays readable, so look away a moment. */
             if (errno != EAGAIN && errno != EWOULDBLOCK)
                 s->accept_after = kne_now() + 0.1;
             return;
@@ -218,7 +218,7 @@ conn_refuse(conn *c, uint32_t id, const kne_err *err)
     return conn_error(c, id, err);
 }
 
-/* Write what the socket takes, a bounded amount: a reader as fast as this loop must not hold it. False: gone. */
+/* Write what the socket takes, bounded: a fast reader must not hold the loop. False: gone. */
 static bool
 conn_write(conn *c)
 {
@@ -514,7 +514,7 @@ feed(kne_server *s, conn *c, const uint8_t *p, size_t n)
         {
             bool ok = frame(s, c);
 
-            /* A body that a request did not take is of no use for the next frame, which may be small. */
+            /* A body that no request took is of no use for the next frame, which may be small. */
             free(c->body);
             c->body = NULL;
             c->cap = 0;

@@ -175,7 +175,7 @@ evict(kne_store *s)
         else
         {
             drop_view(s, (cached_view *) e);
-            newer = s->oldest; /* its deltas may go now; entries passed over are looked at again, but few */
+            newer = s->oldest; /* its deltas may go now; what was passed over is few */
         }
     }
 }
@@ -293,17 +293,19 @@ kne_store_recheck(kne_store *s, kne_loaded *l, kne_err *err)
             kne_error(&why, KNE_ERR_FORMAT, "they were replaced");
         else
             drop_model(s, l);
-        kne_error(err, KNE_ERR_FORMAT, "the files of model folder \"%s\" changed while in use", l->path);
+        kne_error(err, KNE_ERR_FORMAT, "the files of model folder \"%s\" changed while in use",
+                  l->path);
         kne_error_detail(err, "%s", why.msg);
-        kne_error_hint(err, "Put the files back as they were, or load the changed model under a new "
-                            "name with kne_load_model.");
+        kne_error_hint(err, "Put the files back as they were, or load the changed model under a "
+                            "new name with kne_load_model.");
         return KNE_ERR_FORMAT;
     }
     return KNE_OK;
 }
 
 kne_status
-kne_store_open(kne_store *s, const char *path, const char *fingerprint, kne_loaded **out, kne_err *err)
+kne_store_open(kne_store *s, const char *path, const char *fingerprint, kne_loaded **out,
+               kne_err *err)
 {
     kne_loaded *l = find_model(s, path, fingerprint);
     double      now = kne_now();
@@ -320,8 +322,8 @@ kne_store_open(kne_store *s, const char *path, const char *fingerprint, kne_load
         *out = l;
         return KNE_OK;
     }
-    if (s->refused_path && now - s->refused_at < REFUSE_SECONDS && strcmp(s->refused_path, path) == 0 &&
-        strcmp(s->refused_fingerprint, fingerprint) == 0)
+    if (s->refused_path && now - s->refused_at < REFUSE_SECONDS &&
+        strcmp(s->refused_path, path) == 0 && strcmp(s->refused_fingerprint, fingerprint) == 0)
     {
         *err = s->refused;
         return err->code;
@@ -334,8 +336,8 @@ kne_store_open(kne_store *s, const char *path, const char *fingerprint, kne_load
     }
     kne_error(err, KNE_ERR_FORMAT, "model folder \"%s\" is not the one that was loaded", path);
     kne_error_detail(err, "Its fingerprint is %s, not %s.", l->model->fingerprint, fingerprint);
-    kne_error_hint(err, "The folder changed since kne_load_model. Put its files back as they were, or "
-                        "load it under a new name.");
+    kne_error_hint(err, "The folder changed since kne_load_model. Put its files back as they "
+                        "were, or load it under a new name.");
     kne_store_unpin(s, l, NULL);
     free(s->refused_path);
     s->refused_path = strdup(path);
@@ -448,10 +450,12 @@ kne_store_put_set(kne_store *s, kne_loaded *l, const uint8_t set[KNE_DIGEST_LEN]
     *n_missing = 0;
     for (int32_t i = 1; i < n; i++)
         if (edit_id[i] <= edit_id[i - 1])
-            return kne_error(err, KNE_ERR_PROTOCOL, "the edits of a set are not in ascending order");
+            return kne_error(err, KNE_ERR_PROTOCOL,
+                             "the edits of a set are not in ascending order");
     KNE_TRY(kne_set_digest(edit_id, digest, n, is, err));
     if (memcmp(is, set, KNE_DIGEST_LEN) != 0)
-        return kne_error(err, KNE_ERR_PROTOCOL, "the digest of a set of %d edits does not match", n);
+        return kne_error(err, KNE_ERR_PROTOCOL, "the digest of a set of %d edits does not match",
+                         n);
     if ((v = find_view(l, set)))
     {
         v->e.keep_until = now + KEEP_SECONDS;

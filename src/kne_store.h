@@ -25,7 +25,7 @@ typedef struct kne_loaded
     kne_work             *work;      /* for reads of one pass; grown by kne_store_work */
     /* the store's own */
     int32_t               pins;
-    bool                  dead;      /* its files changed: no longer found, freed with the last pin */
+    bool                  dead;      /* its files changed: not found, freed with the last pin */
     double                used_at;
     struct kne_cached_view *views;
     int32_t               n_views;
@@ -48,26 +48,28 @@ kne_status kne_store_recheck(kne_store *s, kne_loaded *l, kne_err *err);
 void       kne_store_unpin(kne_store *s, kne_loaded *l, kne_view *view); /* view may be NULL */
 
 /* *out NULL: the set is not here. Else pinned. The empty set (all zero) always is here. */
-kne_status kne_store_view(kne_store *s, kne_loaded *l, const uint8_t set[KNE_DIGEST_LEN], kne_view **out,
-                          kne_err *err);
+kne_status kne_store_view(kne_store *s, kne_loaded *l, const uint8_t set[KNE_DIGEST_LEN],
+                          kne_view **out, kne_err *err);
 /*
  * Build the view of a set, ascending by edit_id, and keep it. missing[i] tells the deltas that are
  * not here; with any, nothing is built and *n_missing says how many.
  */
-kne_status kne_store_put_set(kne_store *s, kne_loaded *l, const uint8_t set[KNE_DIGEST_LEN], int32_t n,
-                             const int64_t *edit_id, const uint8_t (*digest)[KNE_DIGEST_LEN],
-                             uint8_t *missing, int32_t *n_missing, kne_err *err);
+kne_status kne_store_put_set(kne_store *s, kne_loaded *l, const uint8_t set[KNE_DIGEST_LEN],
+                             int32_t n, const int64_t *edit_id,
+                             const uint8_t (*digest)[KNE_DIGEST_LEN], uint8_t *missing,
+                             int32_t *n_missing, kne_err *err);
 /* Keeps a reference of its own; one that is there already is left as it is. */
 kne_status kne_store_put_delta(kne_store *s, kne_delta *d, kne_err *err);
 bool       kne_store_has_delta(const kne_store *s, const uint8_t digest[KNE_DIGEST_LEN]);
 
-/* A workspace for one pass of n rows with one row of logits over this view; valid until the next call for this model. */
-kne_status kne_store_work(kne_loaded *l, const kne_view *view, int32_t n, kne_work **out, kne_err *err);
+/* A workspace for one pass of n rows and one row of logits; valid until the model's next. */
+kne_status kne_store_work(kne_loaded *l, const kne_view *view, int32_t n, kne_work **out,
+                          kne_err *err);
 void       kne_store_work_done(kne_loaded *l); /* gives back an unusually large one */
 
 /* Idle: let go of models whose files changed or went away. True if any. */
 bool       kne_store_tidy(kne_store *s);
-bool       kne_store_changed(kne_store *s); /* since the last call: is the list below worth sending again */
+bool       kne_store_changed(kne_store *s); /* the list below, since the last call */
 /* n * (str path, str fingerprint, i64 weight bytes, u32 views); returns the mapped bytes of all. */
 int64_t    kne_store_list(const kne_store *s, kne_wbuf *w);
 

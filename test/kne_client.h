@@ -141,7 +141,8 @@ client_recv(int fd)
     return a;
 }
 
-/* Send, and wait for the final answer; PROGRESS is counted, answers to others dropped. Frees body's memory. */
+/* Send, and wait for the final answer; PROGRESS is counted, answers to others dropped. Frees body's
+ * memory. */
 static inline answer
 client_call_counting(int fd, uint16_t type, uint32_t id, kne_wbuf *body, int *n_progress)
 {

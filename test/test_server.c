@@ -188,15 +188,18 @@ test_options(void)
 {
     check(RUN("--version") == KNE_EXIT_OK, "--version");
     check(RUN("--listen-fd", "0") == KNE_EXIT_USAGE, "a secret is needed");
-    check(RUN("--listen-fd", "x", "--secret-fd", "0") == KNE_EXIT_USAGE, "a descriptor is a number");
+    check(RUN("--listen-fd", "x", "--secret-fd", "0") == KNE_EXIT_USAGE,
+          "a descriptor is a number");
     check(RUN("--no-such-option") == KNE_EXIT_USAGE, "unknown option");
     check(RUN("--socket", "/nonexistent/s", "--secret-file", "/nonexistent") == KNE_EXIT_USAGE,
           "a secret file that is not there");
     check(RUN("--socket", "/nonexistent/s", "--secret-file", "/dev/zero") == KNE_EXIT_FAILED,
           "a socket that cannot be made");
-    check(RUN("--socket", "/tmp/s", "--secret-file", "/dev/zero", "--device", "cuda") == KNE_EXIT_DEVICE,
+    check(RUN("--socket", "/tmp/s", "--secret-file", "/dev/zero", "--device", "cuda") ==
+              KNE_EXIT_DEVICE,
           "a device that is not there is refused");
-    check(RUN("--socket", "/tmp/s", "--secret-file", "/dev/zero", "--device", "tpu") == KNE_EXIT_USAGE,
+    check(RUN("--socket", "/tmp/s", "--secret-file", "/dev/zero", "--device", "tpu") ==
+              KNE_EXIT_USAGE,
           "an unknown device");
 }
 
@@ -222,7 +225,8 @@ test_inherited(void)
         close(pipe_fd[1]);
         snprintf(a, sizeof a, "%d", fd);
         snprintf(b, sizeof b, "%d", pipe_fd[0]);
-        execl(program, "kne-engine", "--listen-fd", a, "--secret-fd", b, "--device", "cpu", (char *) NULL);
+        execl(program, "kne-engine", "--listen-fd", a, "--secret-fd", b, "--device", "cpu",
+              (char *) NULL);
         _exit(127);
     }
     close(fd);
@@ -307,7 +311,8 @@ test_hello(const engine *e)
     wrong[KNE_SECRET_LEN - 1] ^= 1;
     fd = client_connect(e->socket);
     a = client_hello(fd, wrong, KNE_PROTOCOL_VERSION);
-    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd), "a wrong secret is refused and the connection closed");
+    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd),
+          "a wrong secret is refused and the connection closed");
     answer_free(&a);
     close(fd);
 
@@ -327,23 +332,28 @@ test_hello(const engine *e)
     memset(junk, 'A', sizeof junk);
     client_send_raw(fd, junk, sizeof junk);
     a = client_recv(fd);
-    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd), "garbage instead of HELLO closes the connection");
+    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd),
+          "garbage instead of HELLO closes the connection");
     answer_free(&a);
     close(fd);
 
     fd = client_connect(e->socket);
     a = client_hello(fd, e->secret, KNE_PROTOCOL_VERSION);
-    check(a.type == KNE_MSG_OK && kne_get_u32(&a.r) == KNE_PROTOCOL_VERSION, "the right secret is let in");
+    check(a.type == KNE_MSG_OK && kne_get_u32(&a.r) == KNE_PROTOCOL_VERSION,
+          "the right secret is let in");
     answer_free(&a);
 
-    /* A frame longer than the limit, and one that is no frame, end the connection; an unknown type does not. */
+    /* A frame longer than the limit, and one that is no frame, end the connection; an unknown type
+     * does not. */
     a = client_call(fd, 77, NULL);
-    check(is_error(&a, KNE_ERR_PROTOCOL) && alive(fd), "an unknown message type is an error, the connection goes on");
+    check(is_error(&a, KNE_ERR_PROTOCOL) && alive(fd),
+          "an unknown message type is an error, the connection goes on");
     answer_free(&a);
     uint32_t head[3] = {KNE_FRAME_MAX + 1, KNE_MSG_COMPLETE, 5};
     client_send_raw(fd, head, sizeof head);
     a = client_recv(fd);
-    check(is_error(&a, KNE_ERR_LIMIT) && a.id == 5 && closed(fd), "a frame over the limit closes the connection");
+    check(is_error(&a, KNE_ERR_LIMIT) && a.id == 5 && closed(fd),
+          "a frame over the limit closes the connection");
     answer_free(&a);
     close(fd);
 
@@ -351,7 +361,8 @@ test_hello(const engine *e)
     uint32_t odd[3] = {0, KNE_MSG_STATUS | 1u << 16, 6};
     client_send_raw(fd, odd, sizeof odd);
     a = client_recv(fd);
-    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd), "a header with its zero field set closes the connection");
+    check(is_error(&a, KNE_ERR_PROTOCOL) && closed(fd),
+          "a header with its zero field set closes the connection");
     answer_free(&a);
     close(fd);
 }
@@ -366,7 +377,8 @@ test_status(int fd)
     const char *note = kne_get_bytes(&a.r, &n_note);
     int64_t     own = kne_get_i64(&a.r);
 
-    check(a.type == KNE_MSG_OK && pid > 1 && n_dev > 3 && memcmp(dev, "cpu", 3) == 0, "STATUS: pid and device");
+    check(a.type == KNE_MSG_OK && pid > 1 && n_dev > 3 && memcmp(dev, "cpu", 3) == 0,
+          "STATUS: pid and device");
     check(n_note > 0, "STATUS: why not the GPU: %.*s", (int) n_note, note);
     check(own > 0 && own < (int64_t) 4 << 30, "STATUS: private bytes");
     answer_free(&a);
@@ -414,7 +426,8 @@ test_inspect(int fd)
 
     bool ok = inspect(fd, model_path, fingerprint);
     check(ok && d_model > 0 && d_ff > 0 && vocab > 0 && n_ctx > 0,
-          "MODEL_INSPECT: %d wide, %d neurons a layer, fingerprint %.12s...", d_model, d_ff, fingerprint);
+          "MODEL_INSPECT: %d wide, %d neurons a layer, fingerprint %.12s...", d_model, d_ff,
+          fingerprint);
     kne_put_str(&w, "/nonexistent/model");
     a = client_call(fd, KNE_MSG_MODEL_INSPECT, &w);
     check(a.type == KNE_MSG_ERROR && a.msg[0], "MODEL_INSPECT of no folder: %s", a.msg);
@@ -432,7 +445,8 @@ test_inspect(int fd)
     uint8_t *copy = malloc(len);
     memcpy(copy, w.p, len);
     a = client_call(fd, KNE_MSG_TOKENIZE, &w);
-    check(is_error(&a, KNE_ERR_FORMAT) && strstr(a.hint, "kne_load_model"), "another fingerprint is refused: %s", a.msg);
+    check(is_error(&a, KNE_ERR_FORMAT) && strstr(a.hint, "kne_load_model"),
+          "another fingerprint is refused: %s", a.msg);
     answer_free(&a);
     kne_put(&w, copy, len);
     a = client_call(fd, KNE_MSG_TOKENIZE, &w);
@@ -456,10 +470,12 @@ test_tokens(int fd)
     n = kne_get_count(&a.r, 4);
     for (uint32_t i = 0; i < n && i < 64; i++)
         id[i] = kne_get_i32(&a.r);
-    check(a.type == KNE_MSG_OK && kne_get_done(&a.r) && n > 1 && n < 64, "TOKENIZE gives %u tokens", n);
+    check(a.type == KNE_MSG_OK && kne_get_done(&a.r) && n > 1 && n < 64, "TOKENIZE gives %u tokens",
+          n);
     answer_free(&a);
 
-    put_view(&w, (const uint8_t *) "a set that the engine never saw."); /* 32 bytes: tokens need no set */
+    /* 32 bytes: tokens need no set */
+    put_view(&w, (const uint8_t *) "a set that the engine never saw.");
     kne_put_u32(&w, n - 1);
     kne_put(&w, id + 1, (n - 1) * 4); /* [0] is put first by the post-processor */
     a = client_call(fd, KNE_MSG_DETOKENIZE, &w);
@@ -503,7 +519,8 @@ test_complete(int fd)
     const char *s = kne_get_bytes(&a.r, &n);
     char       *long_prompt;
 
-    check(a.type == KNE_MSG_OK && n > strlen(object) && s[0] == ' ' && memcmp(s + 1, object, strlen(object)) == 0,
+    check(a.type == KNE_MSG_OK && n > strlen(object) && s[0] == ' ' &&
+              memcmp(s + 1, object, strlen(object)) == 0,
           "COMPLETE: \"%s\" goes on \"%.*s\"", prompt, (int) n, s);
     answer_free(&a);
     a = complete(fd, model_path, fingerprint, prompt, 0);
@@ -581,7 +598,8 @@ test_next_tokens(int fd)
     }
     check(a.type == KNE_MSG_OK && n == 5 && kne_get_done(&a.r) && ordered && found,
           "NEXT_TOKENS: the known answer first (%.4f)", first);
-    check(fabs(log(first) - logp) < 1e-4, "NEXT_TOKENS and LOGPROB agree (%.6f, %.6f)", log(first), logp);
+    check(fabs(log(first) - logp) < 1e-4, "NEXT_TOKENS and LOGPROB agree (%.6f, %.6f)", log(first),
+          logp);
     answer_free(&a);
 
     put_view(&w, NULL);
@@ -622,7 +640,8 @@ test_knows(int fd)
     uint32_t n;
     int      bad = 0;
 
-    check(ask_knows(fd, NULL, prompt, object) == 1 && ask_knows(fd, NULL, prompt, other_object) == 0,
+    check(ask_knows(fd, NULL, prompt, object) == 1 &&
+              ask_knows(fd, NULL, prompt, other_object) == 0,
           "KNOWS the fact, and not another");
     put_view(&w, NULL);
     kne_put_u32(&w, 1200);
@@ -700,7 +719,8 @@ test_sets(int fd)
 {
     kne_delta *d[3] = {make_delta(0, 1, 0.5f), make_delta(1, 5, 0.4f), make_delta(0, d_ff, 1.0f)};
     int64_t    id[2] = {7, 9}, backwards[2] = {9, 7};
-    uint8_t    digest[2][KNE_DIGEST_LEN], set[KNE_DIGEST_LEN], one[KNE_DIGEST_LEN], bad[KNE_DIGEST_LEN];
+    uint8_t    digest[2][KNE_DIGEST_LEN], set[KNE_DIGEST_LEN];
+    uint8_t    one[KNE_DIGEST_LEN], bad[KNE_DIGEST_LEN];
     double     base = ask_logprob(fd, NULL, prompt, object, NULL), edited, again;
     uint16_t   type;
     answer     a;
@@ -715,7 +735,8 @@ test_sets(int fd)
     ask_logprob(fd, set, prompt, object, &type);
     check(type == KNE_MSG_NEED_SET, "a set never seen: NEED_SET");
     a = put_set(fd, set, 2, id, digest);
-    check(a.type == KNE_MSG_NEED_DELTAS && kne_get_count(&a.r, KNE_DIGEST_LEN) == 2, "SET_PUT: NEED_DELTAS, both");
+    check(a.type == KNE_MSG_NEED_DELTAS && kne_get_count(&a.r, KNE_DIGEST_LEN) == 2,
+          "SET_PUT: NEED_DELTAS, both");
     answer_free(&a);
     a = put_set(fd, bad, 2, id, digest);
     check(is_error(&a, KNE_ERR_PROTOCOL), "SET_PUT under a wrong digest");
@@ -732,7 +753,8 @@ test_sets(int fd)
     a = put_set(fd, set, 2, id, digest);
     uint32_t n = kne_get_count(&a.r, KNE_DIGEST_LEN);
     const void *which = kne_get(&a.r, KNE_DIGEST_LEN);
-    check(a.type == KNE_MSG_NEED_DELTAS && n == 1 && which && memcmp(which, digest[1], KNE_DIGEST_LEN) == 0,
+    check(a.type == KNE_MSG_NEED_DELTAS && n == 1 && which &&
+              memcmp(which, digest[1], KNE_DIGEST_LEN) == 0,
           "SET_PUT: NEED_DELTAS, the other one");
     answer_free(&a);
     a = put_delta(fd, d[1], d[1]->digest);
@@ -749,9 +771,10 @@ test_sets(int fd)
     answer_free(&a);
     ask_logprob(fd, one, prompt, object, &type);
     again = ask_logprob(fd, set, prompt, object, NULL);
-    check(type == KNE_MSG_OK && memcmp(&again, &edited, sizeof edited) == 0, "and both sets are served side by side");
+    check(type == KNE_MSG_OK && memcmp(&again, &edited, sizeof edited) == 0,
+          "and both sets are served side by side");
 
-    /* A delta that does not fit the model: its digest is right, so only building the view can tell. */
+    /* A delta that does not fit the model: its digest is right, so building the view tells. */
     a = put_delta(fd, d[2], d[2]->digest);
     answer_free(&a);
     memcpy(digest[0], d[2]->digest, KNE_DIGEST_LEN);
@@ -811,7 +834,8 @@ test_budget(void)
                 wrong += v != first;
             kne_delta_release(d);
         }
-    check(wrong == 0 && gone > 400, "400 sets through a cache of 1 MB: all served, %d times rebuilt", gone);
+    check(wrong == 0 && gone > 400,
+          "400 sets through a cache of 1 MB: all served, %d times rebuilt", gone);
     ask_status(fd, work, sizeof work, NULL, &models, NULL);
     check(models == 1 && strcmp(work, "idle") == 0, "STATUS lists the one model, idle");
     close(fd);
@@ -928,9 +952,11 @@ test_malformed(const engine *e)
                 /* a shorter path, text or digest can be well-formed but wrong */
                 if (a.type == 0)
                     lost++;
-                else if (a.type == KNE_MSG_OK || (a.status != KNE_ERR_FORMAT && a.status != KNE_ERR_IO))
+                else if (a.type == KNE_MSG_OK ||
+                         (a.status != KNE_ERR_FORMAT && a.status != KNE_ERR_IO))
                 {
-                    printf("# type %d cut at %zu of %zu: %u %s\n", all_types[t], len, whole, a.type, a.msg);
+                    printf("# type %d cut at %zu of %zu: %u %s\n", all_types[t], len, whole, a.type,
+                           a.msg);
                     wrong++;
                 }
             }
@@ -959,7 +985,8 @@ test_malformed(const engine *e)
         }
         free(w.p);
     }
-    check(lost == 0 && alive(fd), "lengths and counts of 2^32 - 1 everywhere: answered, still there");
+    check(lost == 0 && alive(fd),
+          "lengths and counts of 2^32 - 1 everywhere: answered, still there");
 
     /* Random bytes, well framed. */
     for (int i = 0; i < 1000; i++)
@@ -1026,7 +1053,8 @@ test_lazy(const engine *e)
     fd = engine_client(e);
     for (int i = 0; i < 20; i++)
         ok += ask_knows(fd, NULL, prompt, object) == 1;
-    check(ok == 20, "a client is served beside %d silent ones, one with half a frame, and one that never reads", SILENT);
+    check(ok == 20, "a client is served beside %d silent ones, one with half a frame, one that "
+          "never reads", SILENT);
     close(deaf);
     close(half);
     for (int i = 0; i < SILENT; i++)
@@ -1182,8 +1210,9 @@ test_edit(int fd)
     a = client_call_counting(fd, KNE_MSG_EDIT, 4242, &w, &progress);
     int n_read = read_outcomes(&a, o, 1);
     check(n_read == 1 && o[0].edit_id == id && o[0].outcome == KNE_OUTCOME_APPLIED &&
-          o[0].n_ensemble > 0 && o[0].delta && strstr(o[0].answer, object),
-          "EDIT: applied, p %.4f to %.4f, the answer before \"%s\" %s", o[0].before, o[0].after, o[0].answer, o[0].message);
+              o[0].n_ensemble > 0 && o[0].delta && strstr(o[0].answer, object),
+          "EDIT: applied, p %.4f to %.4f, the answer before \"%s\" %s", o[0].before, o[0].after,
+          o[0].answer, o[0].message);
     answer_free(&a);
     check(progress > 0, "EDIT: %d PROGRESS frames", progress);
     ask_status(fd, work, sizeof work, NULL, NULL, &after);
@@ -1198,7 +1227,8 @@ test_edit(int fd)
     answer_free(&a);
     check(ask_knows(fd, set, prompt, other_object) == 1 && ask_knows(fd, set, prompt, object) == 0,
           "with the edit, the model knows the new object");
-    check(ask_knows(fd, NULL, prompt, object) == 1 && ask_knows(fd, NULL, prompt, other_object) == 0,
+    check(ask_knows(fd, NULL, prompt, object) == 1 &&
+              ask_knows(fd, NULL, prompt, other_object) == 0,
           "without it, the old one");
     kne_delta_release(o[0].delta);
 
@@ -1218,7 +1248,8 @@ test_edit(int fd)
         last = score;
         kne_get(&a.r, 4 * (size_t) kne_get_count(&a.r, 4));
     }
-    check(a.type == KNE_MSG_OK && n > 0 && ordered && kne_get_done(&a.r), "LOCATE: %u neurons, highest score first", n);
+    check(a.type == KNE_MSG_OK && n > 0 && ordered && kne_get_done(&a.r),
+          "LOCATE: %u neurons, highest score first", n);
     answer_free(&a);
 
     put_view(&w, NULL);
@@ -1295,7 +1326,8 @@ test_during_edit(const engine *e)
     pause_ms(20);
     send_cancel(second, 7, 0);
     a = final_answer(second, 7);
-    check(read_outcomes(&a, o, 2) == 2 && o[0].outcome == KNE_OUTCOME_CANCELLED && o[1].outcome == KNE_OUTCOME_CANCELLED,
+    check(read_outcomes(&a, o, 2) == 2 && o[0].outcome == KNE_OUTCOME_CANCELLED &&
+              o[1].outcome == KNE_OUTCOME_CANCELLED,
           "a waiting edit that is cancelled is answered at once");
     answer_free(&a);
 
@@ -1304,7 +1336,8 @@ test_during_edit(const engine *e)
     check(at_work(reader, "edit:"), "one of two edits cancelled: the other goes on");
     send_cancel(fd, 1, 51);
     a = final_answer(fd, 1);
-    check(read_outcomes(&a, o, 2) == 2 && o[0].outcome == KNE_OUTCOME_CANCELLED && o[1].outcome == KNE_OUTCOME_CANCELLED,
+    check(read_outcomes(&a, o, 2) == 2 && o[0].outcome == KNE_OUTCOME_CANCELLED &&
+              o[1].outcome == KNE_OUTCOME_CANCELLED,
           "both cancelled: the batch ends");
     answer_free(&a);
     check(at_work(reader, "idle"), "and the engine is idle");
@@ -1345,7 +1378,8 @@ test_stop_during_edit(void)
     at_work(watcher, "edit:");
     t = kne_now();
     rc = engine_stop(&e);
-    check(rc == KNE_EXIT_OK && kne_now() - t < 5, "SIGTERM during an edit: code %d after %.2f s", rc, kne_now() - t);
+    check(rc == KNE_EXIT_OK && kne_now() - t < 5, "SIGTERM during an edit: code %d after %.2f s",
+          rc, kne_now() - t);
     free(w.p);
     close(fd);
     close(watcher);
@@ -1356,7 +1390,8 @@ test_stop_during_edit(void)
 #ifndef __has_feature
 #define __has_feature(x) 0
 #endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || __has_feature(address_sanitizer)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) ||                               \
+    __has_feature(address_sanitizer)
 #define SANITIZED 1
 #else
 #define SANITIZED 0
@@ -1389,7 +1424,8 @@ test_out_of_memory(void)
     fd = engine_client(&e);
     for (int i = 0; i < 3; i++)
     {
-        /* A digest and as many rows of no values as fit: what they turn into is larger than the message. */
+        /* A digest and as many rows of no values as fit: what they turn into is larger than the
+         * message. */
         BODY(w);
         uint32_t n = (uint32_t) ((sizes[i] - KNE_DIGEST_LEN - 4) / 13);
 
@@ -1397,11 +1433,13 @@ test_out_of_memory(void)
         w.p = calloc(1, w.len);
         memcpy(w.p + KNE_DIGEST_LEN, &n, 4);
         a = client_call(fd, KNE_MSG_DELTA_PUT, &w);
-        refused += a.type == KNE_MSG_ERROR && (a.status == KNE_ERR_NOMEM || a.status == KNE_ERR_INVALID);
+        refused +=
+            a.type == KNE_MSG_ERROR && (a.status == KNE_ERR_NOMEM || a.status == KNE_ERR_INVALID);
         printf("# %zu MB: %s\n", sizes[i] >> 20, a.msg);
         answer_free(&a);
     }
-    check(refused == 3 && ask_knows(fd, NULL, prompt, object) == 1, "out of memory is an error, and the engine goes on");
+    check(refused == 3 && ask_knows(fd, NULL, prompt, object) == 1,
+          "out of memory is an error, and the engine goes on");
     close(fd);
     check(engine_stop(&e) == KNE_EXIT_OK, "and ends clean");
 }
@@ -1456,9 +1494,11 @@ test_changed_files(void)
         return;
     }
     strcpy(model_path, dir);
-    check(ask_knows(fd, NULL, prompt, object) == 1, "a copy of the folder has the same fingerprint");
+    check(ask_knows(fd, NULL, prompt, object) == 1,
+          "a copy of the folder has the same fingerprint");
 
-    /* Truncated while an edit reads it: the process must end with its own code, not hang or give wrong numbers. */
+    /* Truncated while an edit reads it: the process must end with its own code, not hang or give
+     * wrong numbers. */
     edit_body(&w, NULL, 1, 70, true);
     client_send(fd, KNE_MSG_EDIT, 1, &w);
     int watcher = engine_client(&e);
@@ -1466,7 +1506,8 @@ test_changed_files(void)
     if (truncate(file, 4096))
         printf("# truncate: %s\n", strerror(errno));
     rc = engine_wait_exit(e.pid, 10);
-    check(rc == KNE_EXIT_FILE_LOST, "a model file truncated during an edit ends the engine with code %d", rc);
+    check(rc == KNE_EXIT_FILE_LOST,
+          "a model file truncated during an edit ends the engine with code %d", rc);
     if (rc == -1)
         engine_stop(&e);
     close(fd);
@@ -1539,7 +1580,8 @@ main(int argc, char **argv)
     if (getenv("KNE_ENGINE"))
         snprintf(program, sizeof program, "%s", getenv("KNE_ENGINE"));
     else
-        snprintf(program, sizeof program, "%.*skne-engine", slash ? (int) (slash - argv[0] + 1) : 0, argv[0]);
+        snprintf(program, sizeof program, "%.*skne-engine", slash ? (int) (slash - argv[0] + 1) : 0,
+                 argv[0]);
     if (access(program, X_OK) != 0)
     {
         skip("the engine as a process", "no kne-engine beside this program");
