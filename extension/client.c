@@ -38,6 +38,7 @@ static uint32   current = 0; /* the request in hand; 0: none */
 
 static char     version_text[32] = ""; /* of the engine that answered HELLO last */
 static TimestampTz answer_by = 0; /* 0: whenever it comes */
+static int         patience = 0;  /* ms for one call; 0: no limit */
 
 static KneIdle idle = NULL;
 static void   *idle_arg = NULL;
@@ -183,14 +184,10 @@ kne_call_idle(KneIdle f, void *arg)
     idle_arg = arg;
 }
 
-/* Wait for the socket, a latch, or a while. */
+/* After each wait, with what it returned. */
 static void
-wait_for(uint32 event)
+woken(int rc)
 {
-    int rc;
-
-    rc = WaitLatchOrSocket(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH | event, sock,
-                           idle ? KNE_IDLE_MS : 1000, PG_WAIT_EXTENSION);
     if (rc & WL_LATCH_SET)
         ResetLatch(MyLatch);
     CHECK_FOR_INTERRUPTS();
@@ -199,7 +196,7 @@ wait_for(uint32 event)
                 (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                  errmsg("the kne engine does not answer"),
                  errhint("kne_status() and the server's log say more.")));
-    if (idle && current != 0 && !in_idle && (rc & (WL_LATCH_SET | WL_TIMEOUT)))
+    if (idle && !in_idle && (rc & (WL_LATCH_SET | WL_TIMEOUT)))
     {
         in_idle = true;
         PG_TRY();
@@ -212,6 +209,14 @@ wait_for(uint32 event)
         }
         PG_END_TRY();
     }
+}
+
+/* Wait for the socket, a latch, or a while. */
+static void
+wait_for(uint32 event)
+{
+    woken(WaitLatchOrSocket(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH | event, sock,
+                            idle || answer_by != 0 ? KNE_IDLE_MS : 10000, PG_WAIT_EXTENSION));
 }
 
 /* False: the other end is gone. */
@@ -394,7 +399,7 @@ say_hello(void)
     uint16   type;
     uint32   id, version;
 
-    answer_by = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), HELLO_WAIT_MS);
+    answer_by = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), patience > 0 ? patience : HELLO_WAIT_MS);
     kne_wbuf_init(&w);
     kne_put_hello(&w, ++last_id);
     if (!send_all(w.p, w.len, 0) || !receive_frame(&type, &id, &reply))
@@ -448,11 +453,9 @@ connect_to_engine(void)
             else
                 drop_connection();
         }
-        if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), ENGINE_WAIT_MS))
+        if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), patience > 0 ? patience : ENGINE_WAIT_MS))
             engine_absent(state, note);
-        (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 50, PG_WAIT_EXTENSION);
-        ResetLatch(MyLatch);
-        CHECK_FOR_INTERRUPTS();
+        woken(WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, 50, PG_WAIT_EXTENSION));
     }
 }
 
@@ -492,6 +495,8 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
             engine_died();
     }
     current = mine;
+    if (patience > 0)
+        answer_by = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), patience);
     for (;;)
     {
         if (!receive_frame(&got, &id, reply))
@@ -515,6 +520,7 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
                      errmsg("the kne engine answered a request that was not asked")));
     }
     current = 0;
+    answer_by = 0;
     if (got != KNE_MSG_OK && got != KNE_MSG_ERROR && got != KNE_MSG_NEED_SET && got != KNE_MSG_NEED_DELTAS)
         ereport(ERROR,
                 (errcode(ERRCODE_PROTOCOL_VIOLATION),
@@ -544,11 +550,19 @@ kne_call(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
 }
 
 void
+kne_call_patience(int ms)
+{
+    patience = ms;
+}
+
+bool
 kne_call_cancel(int64 edit_id)
 {
     kne_wbuf w;
 
-    Assert(in_idle && current != 0);
+    Assert(in_idle);
+    if (current == 0)
+        return false; /* nothing was sent, or not all of it */
     kne_wbuf_init(&w);
     kne_put_u32(&w, current);
     kne_put_i64(&w, edit_id);
@@ -556,4 +570,5 @@ kne_call_cancel(int64 edit_id)
         engine_died();
     cancels++;
     pfree(w.p);
+    return true;
 }

@@ -98,6 +98,8 @@ log_line(void)
     if (line[0] == '\0')
         return;
     ereport(LOG, (errmsg_internal("%s", line), errhidestmt(true)));
+    if (strncmp(line, SAYS "ready", strlen(SAYS "ready")) == 0)
+        return; /* no reason for anything */
     LWLockAcquire(&kne_shared->lock, LW_EXCLUSIVE);
     strlcpy(kne_proc->engine_says, line + (strncmp(line, SAYS, strlen(SAYS)) == 0 ? strlen(SAYS) : 0),
             sizeof(kne_proc->engine_says));

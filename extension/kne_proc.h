@@ -65,8 +65,10 @@ extern void kne_engine_kill_now(void);
 #define KNE_IDLE_MS 200
 typedef void (*KneIdle) (void *arg);
 extern void kne_call_idle(KneIdle idle, void *arg);
-/* From KneIdle only: ask the engine to stop an edit of the EDIT in hand (0: all of them). */
-extern void kne_call_cancel(int64 edit_id);
+/* From KneIdle only: ask the engine to stop an edit of the EDIT in hand (0: all of them). False: too early. */
+extern bool kne_call_cancel(int64 edit_id);
+/* Calls from now on give up after so many ms, with ERROR 55000; 0: never. To be put back by whoever sets it. */
+extern void kne_call_patience(int ms);
 /* An engine is there, or about to be: a call has a chance. */
 extern bool kne_engine_up(void);
 /* Of the engine that this process is, or was, connected to. */

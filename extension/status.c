@@ -17,6 +17,8 @@
 
 #include "kne_proc.h"
 
+#define PATIENCE_MS 2000 /* an engine that does not answer must not hide that it does not */
+
 PG_FUNCTION_INFO_V1(kne_status);
 PG_FUNCTION_INFO_V1(kne_stat_workers);
 
@@ -160,12 +162,15 @@ engine_row(Row *row, const KneShared *shared)
         return;
     PG_TRY();
     {
+        kne_call_patience(PATIENCE_MS);
         ask_engine(row);
+        kne_call_patience(0);
     }
     PG_CATCH();
     {
         ErrorData *e;
 
+        kne_call_patience(0);
         MemoryContextSwitchTo(caller);
         e = CopyErrorData();
         /* Nothing to roll back after a failed call, but an interrupt is not ours to swallow. */

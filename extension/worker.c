@@ -56,6 +56,7 @@ static int           batch_limit = INT_MAX; /* smaller after a batch was too muc
 static bool          repaired = false;
 static TimestampTz   repair_at = 0;
 static TimestampTz   looked_at = 0;
+static bool          look_again = false;
 static long          stuck_ms = 1000; /* to the next look at what could not be claimed */
 static MemoryContext loop_context;
 
@@ -336,8 +337,8 @@ progress(void *arg, kne_rbuf *body)
     LWLockRelease(&kne_shared->lock);
 }
 
-/* A commit may have cancelled edits of the batch: look, and tell the engine. */
-static void
+/* A commit may have cancelled edits of the batch: look, and tell the engine. False: it cannot be told yet. */
+static bool
 look_for_cancelled(KneBatch *batch)
 {
     static const char sql[] =
@@ -347,6 +348,7 @@ look_for_cancelled(KneBatch *batch)
     Datum   value;
     uint64  n, i;
     int64  *gone;
+    bool    all_told = true;
 
     kne_begin();
     value = kne_int8_array(batch->edit_id, batch->n);
@@ -361,11 +363,9 @@ look_for_cancelled(KneBatch *batch)
 
         for (k = 0; k < batch->n; k++)
             if (batch->edit_id[k] == gone[i] && !batch->job[k].told)
-            {
-                batch->job[k].told = true;
-                kne_call_cancel(gone[i]);
-            }
+                all_told &= batch->job[k].told = kne_call_cancel(gone[i]);
     }
+    return all_told;
 }
 
 /* While the engine computes. */
@@ -385,10 +385,10 @@ while_computing(void *arg)
     look = SLOT->wanted;
     SLOT->wanted = false; /* new requests are looked for after the batch in any case */
     LWLockRelease(&kne_shared->lock);
-    if (!look)
+    if (!look && !look_again)
         return;
     looked_at = now;
-    look_for_cancelled(arg);
+    look_again = !look_for_cancelled(arg);
 }
 
 static void
@@ -423,6 +423,7 @@ compute(KneBatch *batch)
     kne_put_edit_body(&w, view->model, batch->options, batch->n, spec);
     kne_commit();
 
+    look_again = false;
     kne_call_idle(while_computing, batch);
     kne_call_view(view, KNE_MSG_EDIT, &w, progress, batch, &reply);
     kne_call_idle(NULL, NULL);

@@ -180,7 +180,7 @@ kne_read_outcomes(KneBatch *batch, KneReply *reply, const uint8 *known, size_t k
             malformed();
 
     value = CStringGetTextDatum(batch->provenance);
-    kne_sql("SELECT ($1::jsonb)->>'device', ($1::jsonb)->>'version'", 1, &type, &value, NULL);
+    kne_sql("SELECT ($1::jsonb)->>'device', ($1::jsonb)->>'engine'", 1, &type, &value, NULL);
     batch->device = kne_sql_text(0, 1);
     batch->version = kne_sql_text(0, 2);
 }
