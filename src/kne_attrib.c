@@ -148,6 +148,8 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
         rows = fact[i].n > rows ? fact[i].n : rows;
         total += (int64_t) s * opt->points * (by_layer ? L : 1);
     }
+    if (total == 0)
+        return KNE_OK;
     /* no more than is needed, no more than one pass should take */
     int64_t need = total * rows;
     rows = rows > PASS_ROWS ? rows : need < PASS_ROWS ? (int32_t) need : PASS_ROWS;
