@@ -42,10 +42,13 @@ gemm_task(void *arg, int64_t task, int thread)
               j->cpu->scratch + (size_t) thread * KNE_CPU_SCRATCH);
 }
 
-/* o_unit, o_max, r_max: outputs come in multiples of o_unit; the largest block of a task. */
+/*
+ * o_unit, o_max, r_max: outputs come in multiples of o_unit; the largest block of a task.
+ * per_thread: tasks a thread where the shape allows, since threads may be uneven.
+ */
 static void
 gemm_run(kne_cpu *cpu, const kne_gemm *g, gemm_kernel kernel, int64_t out, int64_t n,
-         int64_t o_unit, int64_t o_max, int64_t r_max)
+         int64_t o_unit, int64_t o_max, int64_t r_max, int64_t per_thread)
 {
     gemm_job job = {.g = g, .cpu = cpu, .kernel = kernel, .out = out, .n = n};
     double   work = (double) out * (double) n * (double) g->k;
@@ -56,8 +59,7 @@ gemm_run(kne_cpu *cpu, const kne_gemm *g, gemm_kernel kernel, int64_t out, int64
     job.r_step = min64(n, r_max);
     if (cpu->n_threads > 1 && work >= SPLIT_MIN)
     {
-        /* at least four tasks a thread where the shape allows: threads may be uneven */
-        int64_t want = cpu->n_threads * 4;
+        int64_t want = cpu->n_threads * per_thread;
         int64_t r_blocks = (n + job.r_step - 1) / job.r_step;
         int64_t o_want = (want + r_blocks - 1) / r_blocks;
         int64_t step = (out + o_want - 1) / o_want;
@@ -83,14 +85,14 @@ gemm_nt(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
     /* rows of x of a block stay in half of a second-level cache while rows of W pass by */
     int64_t r_max = 512 * 1024 / (int64_t) sizeof(float) / (g->k > 0 ? g->k : 1);
 
-    gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max);
+    gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max, 4);
 }
 
 static void
 gemm_nn(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
 {
     /* wide blocks: W is read down its rows, and each row of a block is a page of memory of its own */
-    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, out, 60);
+    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, out, 60, 2);
 }
 
 static void

@@ -28,6 +28,7 @@
 #define NN_T 4
 #endif
 
+#define NT_L1  (16 * 1024)
 #define UNROLL _Pragma("GCC unroll 16")
 
 KNE_INLINE float
@@ -112,8 +113,23 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
     }
     if (nr == R && R % 4 == 0)
     {
+        int i = 0;
+
+#ifdef HAVE_VF_SUM16
         UNROLL
-        for (int i = 0; i < R * C; i += 4)
+        for (; i + 16 <= R * C; i += 16)
+        {
+            vf s = vf_sum16(acc + i);
+            v4 v[4];
+
+            memcpy(v, &s, sizeof(s));
+            UNROLL
+            for (int j = 0; j < 4; j++)
+                finish4(g, v[j], o + (i + 4 * j) % R, r + (i + 4 * j) / R);
+        }
+#endif
+        UNROLL
+        for (; i < R * C; i += 4)
             finish4(g, vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]), o + i % R, r + i / R);
         return;
     }
@@ -135,15 +151,26 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
     }
 }
 
+/* Outputs [o, o1) for the rows of one tile. */
+KNE_INLINE void
+nt_column(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64_t o, int64_t o1,
+          int64_t r)
+{
+    for (; o < o1; o += R)
+        nt_tile(g, type, R, C, o, (int) (o1 - o < R ? o1 - o : R), r);
+}
+
 KNE_INLINE void
 nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1)
 {
-    int64_t n = r1 - r0, tiles = (n + NT_C - 1) / NT_C;
-    int64_t step = n <= 2 ? 8 : NT_R;
+    int64_t n = r1 - r0, tiles = (n + NT_C - 1) / NT_C, step = n <= 2 ? 8 : NT_R;
+    /* as many rows of W as stay in half of a first-level cache while the rows of x pass by */
+    int64_t fit = NT_L1 / ((g->k + 1) * (type == KNE_F32 ? 4 : 2)) / step * step;
 
+    step = fit > step ? fit : step;
     for (int64_t o = o0; o < o1; o += step)
     {
-        int nr = (int) (o1 - o < step ? o1 - o : step);
+        int64_t oe = o1 - o < step ? o1 : o + step;
 
         for (int64_t t = 0; t < tiles; t++)
         {
@@ -152,18 +179,18 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 
             switch ((int) (r0 + n * (t + 1) / tiles - r))
             {
-                case 1: nt_tile(g, type, 8, 1, o, nr, r); break;
+                case 1: nt_column(g, type, 8, 1, o, oe, r); break;
                 case 2:
                     if (n == 2)
-                        nt_tile(g, type, 8, 2, o, nr, r);
+                        nt_column(g, type, 8, 2, o, oe, r);
                     else
-                        nt_tile(g, type, NT_R, 2, o, nr, r);
+                        nt_column(g, type, NT_R, 2, o, oe, r);
                     break;
-                case 3: nt_tile(g, type, NT_R, 3, o, nr, r); break;
-                case 4: nt_tile(g, type, NT_R, 4, o, nr, r); break;
+                case 3: nt_column(g, type, NT_R, 3, o, oe, r); break;
+                case 4: nt_column(g, type, NT_R, 4, o, oe, r); break;
 #if NT_C > 4
-                case 5: nt_tile(g, type, NT_R, 5, o, nr, r); break;
-                case 6: nt_tile(g, type, NT_R, 6, o, nr, r); break;
+                case 5: nt_column(g, type, NT_R, 5, o, oe, r); break;
+                case 6: nt_column(g, type, NT_R, 6, o, oe, r); break;
 #endif
             }
         }

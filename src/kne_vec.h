@@ -72,6 +72,39 @@ vf_sum4(vf a, vf b, vf c, vf d)
     return (v4) _mm512_castps512_ps128(s);
 }
 
+/*
+ * The sums of 16 vectors, added in vf_sum4's order but with half the shuffles: each
+ * level merges two vectors, one half in place and the other crosswise. The result's
+ * lanes are put in the order of the arguments.
+ */
+#define HAVE_VF_SUM16
+KNE_INLINE vf
+vf_sum16(const vf *a)
+{
+    const __m512i l2 = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    const __m512i l4 = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+    vf            b[8], c[4], d[2], s;
+
+    /* after level 1: lanes 0..7 hold a[2i], 8..15 a[2i + 1] */
+    _Pragma("GCC unroll 8")
+    for (int i = 0; i < 8; i++)
+        b[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a[2 * i], a[2 * i + 1]),
+                             _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x4e));
+    /* blocks of 4: a[4i], a[4i + 2], a[4i + 1], a[4i + 3] */
+    _Pragma("GCC unroll 8")
+    for (int i = 0; i < 4; i++)
+        c[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, b[2 * i], b[2 * i + 1]),
+                             _mm512_permutex2var_ps(b[2 * i], l2, b[2 * i + 1]));
+    _Pragma("GCC unroll 8")
+    for (int i = 0; i < 2; i++)
+        d[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, c[2 * i], c[2 * i + 1]),
+                             _mm512_shuffle_ps(c[2 * i], c[2 * i + 1], 0x4e));
+    s = _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, d[0], d[1]), _mm512_permutex2var_ps(d[0], l4, d[1]));
+    /* lane 4 b + e: of block b, vector 0, 8, 4, 12 of it by e = 0, 1, 2, 3 */
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15), s);
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
