@@ -1103,6 +1103,63 @@ test_many(const engine *e)
     check(wrong == 0, "%d processes ask at the same time", CLIENTS);
 }
 
+/* One connection asks for something long, then for something short, then takes a third back. */
+static void
+test_order(const engine *e)
+{
+    int      fd = engine_client(e);
+    BODY(long_one);
+    BODY(short_one);
+    BODY(third);
+    BODY(back);
+    BODY(frames);
+    uint32_t order[4] = {0};
+    uint16_t type[4] = {0};
+    bool     cancelled = false;
+    const kne_wbuf *bodies[] = {&long_one, &short_one, &third, &back};
+    const uint16_t  types[] = {KNE_MSG_KNOWS, KNE_MSG_KNOWS, KNE_MSG_COMPLETE, KNE_MSG_CANCEL};
+
+    put_view(&long_one, NULL);
+    kne_put_u32(&long_one, 1200);
+    for (int i = 0; i < 1200; i++)
+    {
+        kne_put_str(&long_one, prompt);
+        kne_put_str(&long_one, object);
+    }
+    put_view(&short_one, NULL);
+    kne_put_u32(&short_one, 1);
+    kne_put_str(&short_one, prompt);
+    kne_put_str(&short_one, object);
+    put_view(&third, NULL);
+    kne_put_str(&third, prompt);
+    kne_put_i32(&third, 1000);
+    kne_put_u32(&back, 3);
+    kne_put_i64(&back, 0);
+    for (uint32_t i = 0; i < 4; i++)
+    {
+        size_t at = kne_frame_begin(&frames, types[i], i + 1);
+
+        kne_put(&frames, bodies[i]->p, bodies[i]->len);
+        kne_frame_end(&frames, at);
+        free(bodies[i]->p);
+    }
+    client_send_raw(fd, frames.p, frames.len);
+    free(frames.p);
+    for (int i = 0; i < 4; i++)
+    {
+        answer a = client_recv(fd);
+
+        order[i] = a.id;
+        type[i] = a.type;
+        cancelled |= a.id == 3 && a.type == KNE_MSG_ERROR && a.status == KNE_ERR_CANCELLED;
+        answer_free(&a);
+    }
+    check(order[0] == 4 && type[0] == KNE_MSG_OK, "CANCEL is answered at once");
+    check(cancelled, "a read that waits can be cancelled");
+    check(order[3] == 1 && type[3] == KNE_MSG_OK, "a long read lets the short ones pass");
+    close(fd);
+}
+
 /* ---- edits ---- */
 
 /* slow: one that will not come to an end by itself. */
@@ -1613,6 +1670,7 @@ main(int argc, char **argv)
     test_malformed(&e);
     test_lazy(&e);
     test_many(&e);
+    test_order(&e);
     test_edit(fd);
     test_during_edit(&e);
     close(fd);
