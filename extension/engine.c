@@ -4,7 +4,7 @@
  *            spawn                HELLO answered
  *  STOPPED ---------> STARTING ------------------> RUNNING
  *                      |    ^                        |
- *       exit code 3    |    | delay over             | died, or the settings changed
+ *    exit code 2 or 3  |    | delay over             | died, or the settings changed
  *  REFUSED <-----------+    |                        v
  *     |  settings changed   +---- BACKOFF <----------+   (1 s, 2 s, ... 60 s; 1 s again after a minute of life)
  *     +---------------------^
@@ -39,7 +39,6 @@
 #include "kne_proc.h"
 
 #define SAYS "kne-engine: " /* what its lines begin with */
-#define EXIT_REFUSED 3 /* the engine's "not as I am configured" */
 #define STOP_MS 2000   /* from SIGTERM to SIGKILL */
 #define BACKOFF_MIN 1  /* seconds */
 #define BACKOFF_MAX 60
@@ -432,7 +431,7 @@ bury(int status)
         set_state(KNE_ENGINE_STOPPED, "");
         return;
     }
-    if (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_REFUSED)
+    if (WIFEXITED(status) && (WEXITSTATUS(status) == KNE_EXIT_DEVICE || WEXITSTATUS(status) == KNE_EXIT_USAGE))
     {
         snprintf(note, sizeof(note), "%s", says[0] ? says : "it refuses its configuration");
         ereport(LOG,

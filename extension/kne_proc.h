@@ -1,6 +1,6 @@
 /*
  * kne_proc.h - what the processes share beyond kne_ext.h: module.c, launcher.c, engine.c, client.c,
- * worker.c, worker_record.c and status.c. Nothing else includes it.
+ * worker*.c and status.c. Nothing else includes it.
  *
  * Invariant: KneProcShared begins with the KneShared that everybody sees, and both are guarded by its one lock,
  * which is held for a few instructions at a time and never across anything that can wait or fail.
@@ -106,7 +106,16 @@ extern void kne_json_number(StringInfo s, const char *key, double value);
 extern void kne_json_int(StringInfo s, const char *key, int64 value);
 extern char *kne_json_close(StringInfo s);
 
-/* ---- worker.c and worker_record.c ---- */
+/* ---- worker.c ---- */
+extern int kne_worker_slot;
+#define KNE_SLOT (&kne_shared->worker[kne_worker_slot])
+#define KNE_MORE (&kne_proc->more[kne_worker_slot])
+/* The slot's activity. */
+extern void kne_worker_show(const char *activity);
+/* Reads the configuration again if it was told to. */
+extern void kne_worker_reload(void);
+
+/* ---- worker_batch.c and worker_record.c ---- */
 /* What is to be written about one edit of a batch. */
 typedef enum KneVerdict
 {
@@ -154,6 +163,12 @@ typedef struct KneBatch
     KneKnown        *disturbed;
 } KneBatch;
 
+/* In a transaction, which must commit: the next batch, in a child of the current context; NULL when nothing is to do now. */
+extern KneBatch *kne_batch_claim(void);
+/* Compute a batch and write what can be written. */
+extern void kne_batch_run(KneBatch *batch);
+/* When the first of the models that wait for a fault of theirs may be tried again; 0: none does. */
+extern TimestampTz kne_batch_fault_over(void);
 /* Read an EDIT's answer into verdicts. In a transaction; ERROR when it is malformed or not about this batch. */
 extern void kne_read_outcomes(KneBatch *batch, KneReply *reply, const uint8 *known, size_t known_len);
 /* Write what can be written of a batch, each edit in a transaction of its own. Throws only on an interrupt. */

@@ -346,7 +346,6 @@ kne_launcher_main(Datum arg)
     before_shmem_exit(at_exit, (Datum) 0);
 
     BackgroundWorkerInitializeConnection(NULL, NULL, 0);
-    SetProcessingMode(NormalProcessing);
     was_enabled = kne_enabled;
 
     for (;;)

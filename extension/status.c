@@ -13,6 +13,7 @@
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h" /* get_database_name, from v18 on */
 #include "utils/memutils.h"
 
 #include "kne_proc.h"

@@ -43,6 +43,8 @@ kne_worker_settings(void)
         {"lock_timeout", "100ms"},
         {"statement_timeout", "0"},
         {"idle_in_transaction_session_timeout", "0"},
+        {"idle_session_timeout", "0"},
+        {"transaction_timeout", "0"}, /* from v17 on */
         {"default_transaction_isolation", "read committed"},
         {"default_transaction_read_only", "off"},
         {"default_transaction_deferrable", "off"},
@@ -55,7 +57,8 @@ kne_worker_settings(void)
     size_t i;
 
     for (i = 0; i < lengthof(fixed); i++)
-        SetConfigOption(fixed[i][0], fixed[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+        if (GetConfigOption(fixed[i][0], true, false))
+            SetConfigOption(fixed[i][0], fixed[i][1], PGC_SUSET, PGC_S_OVERRIDE);
 }
 
 void

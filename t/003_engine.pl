@@ -13,7 +13,7 @@ my $session = $node->background_psql('postgres');
 my $backend = $session->query_safe('SELECT pg_backend_pid()');
 is($session->query_safe("SELECT kne_knows('France', 'capital', 'Paris')"), 't', 'a session reads');
 
-is((stat($node->data_dir . '/kne.sock'))[2] & 07777, 0700, 'only the server may connect to the socket');
+is((stat(kne_socket($node)))[2] & 07777, 0700, 'only the server may connect to the socket');
 my $engine = kne_pid($node, 'engine');
 is(slurp_file("/proc/$engine/comm"), "kne-engine\n", 'the process is named kne-engine');
 is(readlink("/proc/$engine/cwd"), Cwd::abs_path($node->data_dir), 'and runs in the data directory');

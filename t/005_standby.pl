@@ -13,7 +13,8 @@ my $first = kne_edit($primary, 'France', 'Lyon');
 ok(kne_wait_state($primary, $first, 'applied'), 'an edit on the primary');
 
 $primary->backup('copy');
-ok(!-e $primary->backup_dir . '/copy/kne.sock', 'a base backup holds no socket');
+my $socket = substr(kne_socket($primary), length($primary->data_dir));
+ok(!-e $primary->backup_dir . "/copy$socket", 'a base backup holds no socket');
 my $standby = PostgreSQL::Test::Cluster->new('standby');
 $standby->init_from_backup($primary, 'copy', has_streaming => 1);
 $standby->start;

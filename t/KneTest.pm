@@ -14,7 +14,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(kne_cluster kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_running alive wait_gone wait_for quick);
+our @EXPORT = qw(kne_cluster kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_running kne_socket alive wait_gone wait_for quick);
 
 my $model = $ENV{KNE_TEST_MODEL} // abs_path("$FindBin::RealBin/../models/atlas") // '';
 
@@ -78,6 +78,15 @@ sub kne_pid
 
 	wait_for(sub { ($pid = $node->safe_psql('postgres', $sql)) ne '' });
 	return $pid;
+}
+
+# Where the engine listens: the header says.
+sub kne_socket
+{
+	my ($node) = @_;
+	my ($name) = slurp_file("$FindBin::RealBin/../extension/kne_ext.h") =~ /#define KNE_SOCKET "([^"]+)"/;
+
+	return $node->data_dir . '/' . $name;
 }
 
 # state:attempts:deaths
