@@ -802,9 +802,9 @@ test_budget(void)
     engine_start(&e, program, args);
     fd = engine_client(&e);
     for (int round = 0; round < 2; round++)
-        for (int i = 0; i < 400; i++)
+        for (int i = 0; i < 1000; i++)
         {
-            kne_delta *d = make_delta(0, i % d_ff, 0.5f);
+            kne_delta *d = make_delta(i % 2, i / 2 % d_ff, 0.5f);
             answer     a;
             uint16_t   type;
             double     v;
@@ -834,8 +834,8 @@ test_budget(void)
                 wrong += v != first;
             kne_delta_release(d);
         }
-    check(wrong == 0 && gone > 400,
-          "400 sets through a cache of 1 MB: all served, %d times rebuilt", gone);
+    check(wrong == 0 && gone > 1000,
+          "1000 sets through a cache of 1 MB: all served, %d times rebuilt", gone);
     ask_status(fd, work, sizeof work, NULL, &models, NULL);
     check(models == 1 && strcmp(work, "idle") == 0, "STATUS lists the one model, idle");
     close(fd);
@@ -1624,6 +1624,8 @@ find_model(void)
     if (access(file, R_OK) == 0)
         return true;
     strcpy(model_path, "models/atlas");
+    prompt = "The capital of France is";
+    known_prompt = "The capital of Germany is";
     return access("models/atlas/model.safetensors", R_OK) == 0;
 }
 
