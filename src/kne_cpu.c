@@ -12,7 +12,7 @@
 #include <string.h>
 
 /* Below so many multiply-adds a product stays on the caller: a hand-off costs about a microsecond. */
-#define SPLIT_MIN 200000.0
+#define SPLIT_MIN 300000.0
 
 typedef void (*gemm_kernel)(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1,
                             void *scratch);

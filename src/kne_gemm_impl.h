@@ -59,6 +59,20 @@ finish4(const kne_gemm *g, v4 sum, int64_t o, int64_t r)
     memcpy(y, &sum, sizeof(sum));
 }
 
+/* Two outputs each of two rows, r and r + 1. */
+KNE_INLINE void
+finish2x2(const kne_gemm *g, v4 sum, int64_t o, int64_t r)
+{
+    float *y = g->y + r * g->ldy + o, *z = y + g->ldy;
+
+    if (g->bias)
+        sum += (v4) {g->bias[o], g->bias[o + 1], g->bias[o], g->bias[o + 1]};
+    if (g->beta != 0)
+        sum = g->beta * (v4) {y[0], y[1], z[0], z[1]} + sum;
+    memcpy(y, &sum, 2 * sizeof(float));
+    memcpy(z, (const char *) &sum + 2 * sizeof(float), 2 * sizeof(float));
+}
+
 /* ---- nt: y[r, o] = sum_k x[r, k] w[o, k] ---- */
 
 /* nr <= R outputs from o, C rows from r. */
@@ -133,6 +147,13 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
             finish4(g, vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]), o + i % R, r + i / R);
         return;
     }
+    if (nr == R && R == 2 && C % 2 == 0)
+    {
+        UNROLL
+        for (int i = 0; i < R * C; i += 4)
+            finish2x2(g, vf_sum4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]), o, r + i / 2);
+        return;
+    }
     UNROLL
     for (int i = 0; i < R * C; i += 4)
     {
@@ -163,7 +184,8 @@ nt_column(const kne_gemm *g, const kne_dtype type, const int R, const int C, int
 KNE_INLINE void
 nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1)
 {
-    int64_t n = r1 - r0, tiles = (n + NT_C - 1) / NT_C, step = n <= 2 ? 8 : NT_R;
+    int64_t n = r1 - r0, pairs = (n + 1) / 2, tiles = (pairs + NT_C / 2 - 1) / (NT_C / 2);
+    int64_t step = n <= 2 ? 8 : NT_R;
     /* as many rows of W as stay in half of a first-level cache while the rows of x pass by */
     int64_t fit = NT_L1 / ((g->k + 1) * (type == KNE_F32 ? 4 : 2)) / step * step;
 
@@ -174,10 +196,10 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 
         for (int64_t t = 0; t < tiles; t++)
         {
-            /* tiles of nearly equal width, so that none is narrow */
-            int64_t r = r0 + n * t / tiles;
+            /* tiles of nearly equal and even width: none is narrow, and rows go in pairs */
+            int64_t r = r0 + pairs * t / tiles * 2, re = r0 + pairs * (t + 1) / tiles * 2;
 
-            switch ((int) (r0 + n * (t + 1) / tiles - r))
+            switch ((int) ((re < r1 ? re : r1) - r))
             {
                 case 1: nt_column(g, type, 8, 1, o, oe, r); break;
                 case 2:
@@ -216,7 +238,8 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 #define NN_ACC    (128 * 1024)       /* floats of accumulators of a block */
 #define NN_SUB    256                /* outputs whose part of W is widened at a time */
 #define NN_PANEL  (NN_K * NN_W + 64) /* not a power of two: panels are written side by side */
-#define NN_DIRECT 7                  /* below so many rows W is read where it is */
+/* Below so many rows W is read where it is: floats need no widening. */
+#define NN_DIRECT(type) ((type) == KNE_F32 ? 25 : 7)
 
 /*
  * acc[T, NN_W] += x[T, nk] w[nk, NN_W]; first: =. ahead (or NULL): the part of W that comes
@@ -352,7 +375,7 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 
         if (k + 2 * NN_K > g->k) /* the last whole block: nothing comes after it */
             below = NULL;
-        if (n < NN_DIRECT)
+        if (n < NN_DIRECT(type))
             for (; o + NN_W <= nc; o += NN_W)
                 nn_rows(n, acc + o, ldacc, k == 0, xk, g->xs_row, g->xs_k, w + o * size, type,
                         g->ldw, nk, o + 2 * NN_W <= nc ? w + (o + NN_W) * size : below, step);
