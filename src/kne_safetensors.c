@@ -458,6 +458,9 @@ new_set(const char *dir, int32_t n_files, kne_tensors **out, kne_err *err)
 static bool
 name_is_local(const char *name)
 {
+    for (const char *p = name; *p; p++) /* it is quoted in messages */
+        if (*p < 0x20 || *p >= 0x7f)
+            return false;
     return *name && *name != '.' && !strchr(name, '/') && !strstr(name, "..");
 }
 

@@ -50,7 +50,26 @@ install_missing() {
     have_all || { echo "packages were installed, but something is still missing" >&2; exit 1; }
 }
 
+# The fuzzers of `make test` need a clang that links them: any version, with the runtime of the same. Where it is not to be had, they are skipped.
+install_fuzzer() {
+    local n
+    test/fuzz.sh --can && return
+    if [ "$(id -u)" != 0 ]; then
+        echo "The fuzzers will be skipped. As root: apt-get install -y --no-install-recommends clang libclang-rt-N-dev (N: clang's version)" >&2
+        return
+    fi
+    say "installing clang's fuzzer"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq || true
+    n=$(ls /usr/bin 2>/dev/null | sed -n 's/^clang-\([0-9]*\)$/\1/p' | sort -rn | head -1)
+    n=${n:-$(apt-cache depends clang 2>/dev/null | sed -n 's/.*Depends: clang-\([0-9]*\)$/\1/p' | head -1)}
+    # before Debian 12 the runtime was part of libclang-common-N-dev
+    apt-get install -y -qq --no-install-recommends clang-$n libclang-rt-$n-dev >/dev/null 2>&1 ||
+        apt-get install -y -qq --no-install-recommends clang-$n libclang-common-$n-dev >/dev/null 2>&1 || true
+}
+
 install_missing
+[ "$what" != test ] || install_fuzzer
 pgver=$(find_pg)
 say "PostgreSQL $pgver, $(gcc -dumpfullversion 2>/dev/null | sed 's/^/gcc /')"
 

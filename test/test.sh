@@ -29,6 +29,11 @@ for t in $(ls "$clone"/test/test_*.c | sort); do
     tally "$name" $status
 done
 
+say "fuzzers, ${KNE_FUZZ_SECONDS:-30} s each"
+status=0
+(cd "$clone" && test/fuzz.sh) >"$log" 2>&1 || status=$?
+tally "fuzz" $status
+
 # pg_regress and isolationtester print "test NAME ... ok"; made into TAP
 as_tap() { sed -nE 's/^(test|ok|not ok)? *([0-9]+)?[ -]*([a-z0-9_-]+) +\.\.\. +ok .*/ok \3/p; s/^(test)? *([a-z0-9_-]+) +\.\.\. +FAILED.*/not ok \2/p'; }
 
