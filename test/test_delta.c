@@ -56,7 +56,7 @@ refuses(const kne_option *opt, const char *value, const char *says)
     return st == KNE_ERR_INVALID && strstr(err.msg, says) && strstr(err.msg, opt->name);
 }
 
-/* A number: both ends of its range are taken, the next number outside is not, nor is any other type. */
+/* A number: both ends of its range are taken, the next outside is not, nor is another type. */
 static bool
 test_number(const kne_option *opt)
 {
@@ -158,7 +158,8 @@ test_options(void)
         {
             fine &= set_json(opt, "true", &st, &err) == 1 && st == KNE_OK;
             fine &= set_json(opt, "false", &st, &err) == 0 && st == KNE_OK;
-            fine &= refuses(opt, "1", "true or false") && refuses(opt, "\"true\"", "true or false") &&
+            fine &= refuses(opt, "1", "true or false") &&
+                    refuses(opt, "\"true\"", "true or false") &&
                     refuses(opt, "null", "true or false");
         }
         else
@@ -186,9 +187,10 @@ test_options(void)
     check(parse(&o, "{\"points\": 2, \"points\": 5}", &err) == KNE_OK && o.points == 5,
           "the last of two wins");
 
-    static const char *const not_objects[] = {"", "[]", "1", "null", "\"{}\"", "{", "{\"points\"}", "}",
-                                              " ", "{\"points\": 1,}", "true", "\xff", "{} {}",
-                                              "{\"points\": 2} x", "nul"};
+    static const char *const not_objects[] = {
+        "", "[]", "1", "null", "\"{}\"", "{", "{\"points\"}", "}", " ", "{\"points\": 1,}", "true",
+        "\xff", "{} {}", "{\"points\": 2} x", "nul",
+    };
     bool refused = true;
     for (size_t i = 1; i < sizeof not_objects / sizeof *not_objects; i++)
         if (*not_objects[i] && parse(&o, not_objects[i], &err) != KNE_ERR_INVALID)
@@ -199,10 +201,12 @@ test_options(void)
     check(refused, "what is not one JSON object is refused");
     for (size_t i = 0; i < sizeof deep; i++)
         deep[i] = "[{\"a\":"[i % 6];
-    check(kne_options_parse(&o, deep, sizeof deep, &err) == KNE_ERR_INVALID, "deep JSON is refused");
+    check(kne_options_parse(&o, deep, sizeof deep, &err) == KNE_ERR_INVALID,
+          "deep JSON is refused");
     memset(deep, '[', sizeof deep);
     memcpy(deep, "{\"lr\":", 6);
-    check(kne_options_parse(&o, deep, sizeof deep, &err) == KNE_ERR_INVALID, "deep arrays are refused");
+    check(kne_options_parse(&o, deep, sizeof deep, &err) == KNE_ERR_INVALID,
+          "deep arrays are refused");
 
     for (int turn = 0; turn < 2; turn++)
     {
@@ -396,7 +400,8 @@ test_delta_refusals(void)
         make_rows(row);
     }
     row[1] = row[0];
-    check(fine && new_refuses(row, N_ROWS, "order"), "rows out of order and equal rows are refused");
+    check(fine && new_refuses(row, N_ROWS, "order"),
+          "rows out of order and equal rows are refused");
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
     {
         make_rows(row);
@@ -522,7 +527,8 @@ test_check(void)
             fine &= kne_delta_new(&row, 1, &d, &err) == KNE_OK;
             kne_status want = (m ? cases[i].plain : cases[i].gated) ? KNE_OK : KNE_ERR_INVALID;
             fine &= kne_delta_check(d, &t->m, &err) == want;
-            fine &= kne_view_new(&t->m, be, 1, &id, &d, &view, &err) == want && (view != NULL) == (want == KNE_OK);
+            fine &= kne_view_new(&t->m, be, 1, &id, &d, &view, &err) == want &&
+                    (view != NULL) == (want == KNE_OK);
             kne_view_free(view);
             fine &= d->refs == 1;
             kne_delta_release(d);
@@ -582,10 +588,10 @@ release_deltas(kne_delta **d)
 
 static const int64_t ids[N_EDITS] = {-3, 0, 4, 5, 1000000007};
 
-/* What a row should be: base, then each delta in order, each sum rounded to float, then the format. */
+/* What a row should be: base, then each delta in order, each sum a float, then the format. */
 static void
-plain_row(const tiny_model *t, kne_delta *const *d, int n, int32_t l, int32_t k, int mat, float *base,
-          float *eff)
+plain_row(const tiny_model *t, kne_delta *const *d, int n, int32_t l, int32_t k, int mat,
+          float *base, float *eff)
 {
     const kne_arch   *a = &t->m.arch;
     const tiny_layer *r = &t->layer[l];
@@ -600,13 +606,14 @@ plain_row(const tiny_model *t, kne_delta *const *d, int n, int32_t l, int32_t k,
         base[c] = sum;
         for (int e = 0; e < n; e++)
             for (int i = 0; i < d[e]->n_rows; i++)
-                if (d[e]->row[i].layer == l && d[e]->row[i].neuron == k && d[e]->row[i].matrix == mat)
+                if (d[e]->row[i].layer == l && d[e]->row[i].neuron == k &&
+                    d[e]->row[i].matrix == mat)
                     sum = sum + d[e]->row[i].v[c];
         eff[c] = kne_round_to(sum, type);
     }
 }
 
-/* Every neuron of the view against plain_row, and the neurons it has against those of the deltas. */
+/* Every neuron of the view against plain_row, and which it has against those of the deltas. */
 static bool
 view_is(const tiny_model *t, const kne_view *v, kne_delta *const *d, int n)
 {
@@ -679,7 +686,8 @@ run_view(const tiny_model *t, const kne_view *v)
     kne_arena_commit(&arena, &err);
     kne_pack_layout(&pack, &arena, SEQ, 1, SEQ);
     kne_pack_add(&pack, tokens_of(a, 5), SEQ, 1);
-    if (ok(kne_work_new(&t->m, (kne_work_shape) {SEQ, SEQ, v ? v->max_overlay : 0, false}, &w, &err), &err) &&
+    if (ok(kne_work_new(&t->m, (kne_work_shape){SEQ, SEQ, v ? v->max_overlay : 0, false}, &w, &err),
+           &err) &&
         ok(kne_forward(&t->m, be, w, &pack.b, v ? &v->overlay : NULL, NULL, 0, &err), &err))
         memcpy(logits, w->logits, bytes);
     kne_work_free(w);
@@ -774,13 +782,14 @@ test_view(const tiny_spec *spec, bool keys)
 
     v = view_of(t, N_EDITS, d);
     far = distance_to_doubles(t, v, d, N_EDITS);
-    check(far < 3e-5, "%s, %s: logits agree with edited weights in double (%.1e)", spec->name, what, far);
+    check(far < 3e-5, "%s, %s: logits agree with edited weights in double (%.1e)", spec->name, what,
+          far);
 
     none = view_of(t, 0, d);
     check(same_logits(t, none, NULL), "%s: the empty view is the base, bit for bit", spec->name);
     check(!same_logits(t, v, NULL), "%s, %s: the edits move the logits", spec->name, what);
     w = view_of(t, N_EDITS, zero);
-    if (keys && spec->a.conv1d) /* its products run over columns, those of the overlay's keys over rows */
+    if (keys && spec->a.conv1d) /* its products run over columns, the overlay's over rows */
     {
         far = distance_to_doubles(t, w, zero, N_EDITS);
         check(far < 3e-5, "%s, %s: deltas of zero give the base's logits but for rounding (%.1e)",
@@ -798,8 +807,9 @@ test_view(const tiny_spec *spec, bool keys)
     kne_view *two = NULL, *again = NULL;
     ok(kne_view_new(&t->m, be, 2, (int64_t[]) {ids[0], ids[4]}, some, &two, &err), &err);
     kne_view *three = NULL;
-    ok(kne_view_new(&t->m, be, 3, (int64_t[]) {ids[0], ids[2], ids[4]}, (kne_delta *[]) {d[0], d[2], d[4]},
-                    &three, &err), &err);
+    ok(kne_view_new(&t->m, be, 3, (int64_t[]){ids[0], ids[2], ids[4]},
+                    (kne_delta *[]){d[0], d[2], d[4]}, &three, &err),
+       &err);
     ok(kne_view_new(&t->m, be, 2, (int64_t[]) {ids[0], ids[4]}, some, &again, &err), &err);
     check(two && three && again && same_logits(t, two, again) && !same_logits(t, two, three),
           "%s, %s: an edit applied and reverted leaves no bit behind", spec->name, what);
@@ -810,7 +820,8 @@ test_view(const tiny_spec *spec, bool keys)
     fine = kne_view_new(&t->m, be, 2, (int64_t[]) {4, 3}, some, &w, &err) == KNE_ERR_INVALID &&
            kne_view_new(&t->m, be, 2, (int64_t[]) {4, 4}, some, &w, &err) == KNE_ERR_INVALID;
     check(fine && d[0]->refs == 2 && d[4]->refs == 2,
-          "%s: ids out of order are refused, and a view that is not made holds nothing", spec->name);
+          "%s: ids out of order are refused, and a view that is not made holds nothing",
+          spec->name);
     release_deltas(d);
     check(v->delta[4]->refs == 1 && view_is(t, v, v->delta, N_EDITS),
           "%s: a view outlives its deltas' owner", spec->name);
@@ -819,7 +830,7 @@ test_view(const tiny_spec *spec, bool keys)
     tiny_free(t);
 }
 
-/* Many edits on the same few neurons: the sum is in order, where the order shows in the last bits. */
+/* Many edits on the same few neurons: the sum is in order, where order shows in the last bits. */
 static void
 test_pile(void)
 {
@@ -846,7 +857,8 @@ test_pile(void)
         id[e] = e * 7;
         back[N - 1 - e] = delta[e];
     }
-    check(ok(kne_view_new(&t->m, be, N, id, delta, &view, &err), &err) && view_is(t, view, delta, N),
+    check(ok(kne_view_new(&t->m, be, N, id, delta, &view, &err), &err) &&
+              view_is(t, view, delta, N),
           "%d edits on the same neurons", N);
     check(ok(kne_view_new(&t->m, be, N, id, back, &other, &err), &err) &&
           view_is(t, other, back, N) && !view_is(t, other, delta, N),

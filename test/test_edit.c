@@ -17,7 +17,8 @@
 
 /* Is the outcome what it claims, in the view that readers will have? */
 static bool
-is_applied(const world *w, const kne_edit_job *job, const kne_edit_result *r, int i, const kne_view *after)
+is_applied(const world *w, const kne_edit_job *job, const kne_edit_result *r, int i,
+           const kne_view *after)
 {
     const kne_edit_outcome *o = &r->edit[i];
     const kne_edit_spec    *e = &job->edit[i];
@@ -26,8 +27,9 @@ is_applied(const world *w, const kne_edit_job *job, const kne_edit_result *r, in
     int                     moved = job->options.matrices == KNE_MATRICES_ALL ? 2 + a->gated : 1;
     double                  norm = 0;
 
-    if (o->outcome != KNE_OUTCOME_APPLIED || !o->delta || o->delta->n_rows != o->n_ensemble * moved ||
-        o->edit_id != e->edit_id || !o->answer_before || o->steps < 1 || o->message[0])
+    if (o->outcome != KNE_OUTCOME_APPLIED || !o->delta ||
+        o->delta->n_rows != o->n_ensemble * moved || o->edit_id != e->edit_id ||
+        !o->answer_before || o->steps < 1 || o->message[0])
         return false;
     if (o->p_after != probability(w, after, e->prompt[0], e->object, &right) || !right)
         return false;
@@ -61,8 +63,10 @@ test_single(const tiny_spec *spec)
 
     if (!check(r && is_applied(w, &job, r, 0, after), "%s: a single edit is applied", spec->name))
         describe(r);
-    check(r && strstr(r->provenance, w->n_known >= 64 ? "\"protected\":true" : "\"protected\":false"),
-          "%s: its provenance says whether it is protected (%d known facts)", spec->name, w->n_known);
+    check(r && strstr(r->provenance,
+                      w->n_known >= 64 ? "\"protected\":true" : "\"protected\":false"),
+          "%s: its provenance says whether it is protected (%d known facts)", spec->name,
+          w->n_known);
     again = run(&job);
     check(same_result(r, again), "%s: the same job gives the same bits", spec->name);
     kne_edit_result_free(again);
@@ -75,7 +79,8 @@ test_single(const tiny_spec *spec)
     again = run(&job);
     /* the device's name says how many threads it has: the rest is the same */
     check(r && again && same_outcome(&r->edit[0], &again->edit[0]) &&
-          r->edit[0].p_after == again->edit[0].p_after, "%s: one thread gives the bits of two", spec->name);
+              r->edit[0].p_after == again->edit[0].p_after,
+          "%s: one thread gives the bits of two", spec->name);
     be = mine;
     kne_cpu_backend_free(one);
     kne_edit_result_free(again);
@@ -250,10 +255,13 @@ test_endings(void)
     };
     job.edit = &holds;
     r = run(&job);
-    check(r && r->edit[0].outcome == KNE_OUTCOME_HOLDS && !r->edit[0].delta && r->edit[0].n_ensemble == 0 &&
-          r->edit[0].steps == 0 && r->edit[0].p_before == r->edit[0].p_after &&
-          r->edit[0].p_after == probability(w, w->base, w->known[0].prompt, w->known[0].object, &right) &&
-          r->edit[0].answer_before && r->edit[0].message[0], "an edit that holds already has no rows");
+    check(r && r->edit[0].outcome == KNE_OUTCOME_HOLDS && !r->edit[0].delta &&
+              r->edit[0].n_ensemble == 0 && r->edit[0].steps == 0 &&
+              r->edit[0].p_before == r->edit[0].p_after &&
+              r->edit[0].p_after ==
+                  probability(w, w->base, w->known[0].prompt, w->known[0].object, &right) &&
+              r->edit[0].answer_before && r->edit[0].message[0],
+          "an edit that holds already has no rows");
     check(r && !strncmp(r->edit[0].answer_before, w->known_object[0], 1),
           "and the answer before is its object (\"%s\")", r ? r->edit[0].answer_before : "");
     kne_edit_result_free(r);
@@ -267,9 +275,11 @@ test_endings(void)
     job.options.max_steps = 1;
     job.options.lr = 1e-6;
     r = run(&job);
-    check(r && r->edit[0].outcome == KNE_OUTCOME_FAILED && !r->edit[0].delta && r->edit[0].steps == 1 &&
-          r->edit[0].norm == 0 && r->edit[0].p_after == r->edit[0].p_before &&
-          strstr(r->edit[0].message, "not reached in 1 step"), "an edit that is not reached keeps nothing");
+    check(r && r->edit[0].outcome == KNE_OUTCOME_FAILED && !r->edit[0].delta &&
+              r->edit[0].steps == 1 && r->edit[0].norm == 0 &&
+              r->edit[0].p_after == r->edit[0].p_before &&
+              strstr(r->edit[0].message, "not reached in 1 step"),
+          "an edit that is not reached keeps nothing");
     kne_edit_result_free(r);
 
     /* not finite: steps that blow the weights up; whatever comes, no delta that is not finite */
@@ -305,16 +315,19 @@ test_endings(void)
         job = job_of(w, 3);
         job.edit = specs;
         r = run(&job);
-        fine = r && r->edit[1].outcome == KNE_OUTCOME_FAILED && strstr(r->edit[1].message, bad[i].says) &&
-               !r->edit[1].delta && r->edit[1].edit_id == 101 && r->edit[0].outcome == KNE_OUTCOME_APPLIED &&
+        fine = r && r->edit[1].outcome == KNE_OUTCOME_FAILED &&
+               strstr(r->edit[1].message, bad[i].says) && !r->edit[1].delta &&
+               r->edit[1].edit_id == 101 && r->edit[0].outcome == KNE_OUTCOME_APPLIED &&
                r->edit[2].outcome == KNE_OUTCOME_APPLIED;
-        check(fine, "a bad prompt or object fails its edit alone: %s", r ? r->edit[1].message : "no result");
+        check(fine, "a bad prompt or object fails its edit alone: %s",
+              r ? r->edit[1].message : "no result");
         kne_edit_result_free(r);
 
         r = NULL;
         job.edit = &specs[1];
         job.n_edits = 1;
-        check(kne_locate_run(&job, &r, &err) == KNE_ERR_INVALID && !r && strstr(err.msg, bad[i].says),
+        check(kne_locate_run(&job, &r, &err) == KNE_ERR_INVALID && !r &&
+                  strstr(err.msg, bad[i].says),
               "and locating it says so");
         /* a training phrasing that is bad fails it as well */
         prompt[0] = text_of("ab");
@@ -333,7 +346,8 @@ test_endings(void)
     job = job_of(w, 1);
     job.edit = &from_nothing;
     r = run(&job);
-    check(r && r->edit[0].outcome == KNE_OUTCOME_APPLIED, "an empty prompt has its beginning of text");
+    check(r && r->edit[0].outcome == KNE_OUTCOME_APPLIED,
+          "an empty prompt has its beginning of text");
     kne_edit_result_free(r);
 
     /* layers that are not there */
@@ -344,7 +358,8 @@ test_endings(void)
         job.options.layer_max = k == 0 ? -1 : k == 1 ? 3 : 4096;
         r = NULL;
         check(kne_edit_run(&job, &r, &err) == KNE_ERR_INVALID && !r && strstr(err.msg, "layers") &&
-              strstr(err.detail, "0 to 2") && kne_locate_run(&job, &r, &err) == KNE_ERR_INVALID && !r,
+                  strstr(err.detail, "0 to 2") &&
+                  kne_locate_run(&job, &r, &err) == KNE_ERR_INVALID && !r,
               "layers %d to %d are not in the model", job.options.layer_min, job.options.layer_max);
     }
     job = job_of(w, 0);
@@ -371,7 +386,8 @@ test_quarrel(void)
     {
         job.options.max_steps = steps;
         r = run(&job);
-        check(r && (r->edit[0].outcome == KNE_OUTCOME_FAILED || r->edit[1].outcome == KNE_OUTCOME_FAILED),
+        check(r && (r->edit[0].outcome == KNE_OUTCOME_FAILED ||
+                    r->edit[1].outcome == KNE_OUTCOME_FAILED),
               "of two objects for one prompt one fails at least, in %d steps", steps);
         kne_edit_result_free(r);
     }
@@ -418,7 +434,7 @@ test_cancel(void)
     int              max_calls = 0, cancelled = 0;
     bool             fine = whole != NULL;
 
-    /* the second of three is cancelled at its first chance: the others are as if it had not been there */
+    /* the second of three is cancelled at once: the others are as if it had not been there */
     kne_edit_spec two[2] = {w->edit[0], w->edit[2]};
 
     alone = job;
@@ -428,7 +444,7 @@ test_cancel(void)
     for (int after = 0; after < 400; after += after < 12 ? 1 : 9)
     {
         c = (cancels) {.edit_id = w->edit[1].edit_id, .after = after, .in_order = true};
-        job.calls = (kne_job_calls) {.ctx = &c, .cancelled = cancel_one, .progress = count_progress};
+        job.calls = (kne_job_calls){.ctx = &c, .cancelled = cancel_one, .progress = count_progress};
         r = run(&job);
         if (!r)
         {
@@ -448,7 +464,8 @@ test_cancel(void)
             kne_view_free(v);
         }
         else
-            fine &= same_outcome(&r->edit[0], &whole->edit[0]) && same_outcome(&r->edit[1], &whole->edit[1]);
+            fine &= same_outcome(&r->edit[0], &whole->edit[0]) &&
+                    same_outcome(&r->edit[1], &whole->edit[1]);
         fine &= c.in_order && c.steps > 0;
         if (after == 0)
             check(others && same_outcome(&r->edit[0], &others->edit[0]) &&
@@ -460,13 +477,15 @@ test_cancel(void)
         if (over)
             break;
     }
-    check(fine && cancelled > 2, "one of a batch is cancelled at %d of its %d chances", cancelled, max_calls);
+    check(fine && cancelled > 2, "one of a batch is cancelled at %d of its %d chances", cancelled,
+          max_calls);
 
     /* all that there is is cancelled */
     c = (cancels) {.edit_id = w->edit[0].edit_id};
     job.n_edits = 1;
     r = run(&job);
-    check(r && r->edit[0].outcome == KNE_OUTCOME_CANCELLED && !r->edit[0].delta, "the only edit is cancelled");
+    check(r && r->edit[0].outcome == KNE_OUTCOME_CANCELLED && !r->edit[0].delta,
+          "the only edit is cancelled");
     kne_edit_result_free(r);
 
     /* yield stops everything, at each of its calls, and the cache has nothing wrong in it */
@@ -494,7 +513,8 @@ test_cancel(void)
             break;
         fine &= st == KNE_ERR_CANCELLED && !r;
     }
-    check(fine && stop > 10 && same_result(r, fresh), "stopped at any of %d yields there is no result", stop);
+    check(fine && stop > 10 && same_result(r, fresh),
+          "stopped at any of %d yields there is no result", stop);
     kne_edit_result_free(r);
     job.calls = (kne_job_calls) {NULL, NULL, NULL, NULL};
     r = run(&job);
@@ -551,8 +571,8 @@ test_known(void)
     job.known = more;
     job.n_known = n;
     r = run(&job);
-    check(same_deltas(plain, r),
-          "known facts without tokens and anchors out of range change nothing but the digest of the facts");
+    check(same_deltas(plain, r), "known facts without tokens and anchors out of range change "
+                                 "nothing but the digest of the facts");
     kne_edit_result_free(r);
 
     /* only so many anchors as the option says, nearest first */
@@ -576,14 +596,16 @@ test_known(void)
     job.n_known = 0;
     job.known = NULL;
     r = run(&job);
-    check(r && r->edit[0].outcome == KNE_OUTCOME_APPLIED && r->edit[1].outcome == KNE_OUTCOME_APPLIED &&
-          strstr(r->provenance, "\"protected\":false") && r->n_disturbed == 0,
+    check(r && r->edit[0].outcome == KNE_OUTCOME_APPLIED &&
+              r->edit[1].outcome == KNE_OUTCOME_APPLIED &&
+              strstr(r->provenance, "\"protected\":false") && r->n_disturbed == 0,
           "a first edit on a fresh database just works, and says that nothing is protected");
     kne_edit_result_free(r);
     job = job_of(w, 1);
     job.n_known = 63;
     r = run(&job);
-    check(r && strstr(r->provenance, "\"protected\":false") && strstr(r->provenance, "\"protecting_facts\":63"),
+    check(r && strstr(r->provenance, "\"protected\":false") &&
+              strstr(r->provenance, "\"protecting_facts\":63"),
           "63 facts are too few");
     kne_edit_result_free(r);
     kne_edit_result_free(plain);
@@ -656,7 +678,8 @@ test_sequence(const tiny_spec *spec, int matrices)
     job.n_edits = 1;
     second = run(&job);
     check(second && second->edit[0].outcome == KNE_OUTCOME_APPLIED && second->n_disturbed >= 1 &&
-          second->disturbed[0] == w->n_known, "%s: the edit it contradicts is disturbed", spec->name);
+              second->disturbed[0] == w->n_known,
+          "%s: the edit it contradicts is disturbed", spec->name);
     kne_edit_result_free(second);
     kne_view_free(v1);
     kne_edit_result_free(first);
@@ -672,10 +695,11 @@ real_model(void)
     const char *shared = getenv("KNE_SHARED"), *own = getenv("KNE_TEST_MODEL");
 
     if (own)
-        return own;
+        return *own ? own : NULL;
     if (access("models/atlas/model.safetensors", R_OK) == 0)
         return "models/atlas";
-    snprintf(path, sizeof path, "%s/models/lre-llama-5m/model.safetensors", shared ? shared : "../shared");
+    snprintf(path, sizeof path, "%s/models/lre-llama-5m/model.safetensors",
+             shared ? shared : "../shared");
     if (access(path, R_OK) != 0)
         return NULL;
     *strrchr(path, '/') = '\0';
@@ -704,7 +728,8 @@ general_facts(const char *model, kne_known *known, int most, char **text)
         char *tab = memchr(line, '\t', (size_t) (end - line));
 
         if (tab)
-            known[n++] = (kne_known) {{line, (size_t) (tab - line)}, {tab + 1, (size_t) (end - tab - 1)}, 0};
+            known[n++] =
+                (kne_known){{line, (size_t) (tab - line)}, {tab + 1, (size_t) (end - tab - 1)}, 0};
     }
     return n;
 }
@@ -738,7 +763,12 @@ test_real(void)
     shell.m = *m;
     w.t = &shell;
     ok(kne_view_new(m, be, 0, NULL, NULL, &w.base, &err), &err);
-    job = (kne_edit_job) {.model = m, .backend = be, .view = w.base, .n_edits = 4, .edit = specs, .known = known};
+    job = (kne_edit_job){.model = m,
+                         .backend = be,
+                         .view = w.base,
+                         .n_edits = 4,
+                         .edit = specs,
+                         .known = known};
     job.n_known = general_facts(path, known, 128, &text);
     kne_options_defaults(&job.options);
     for (int i = 0; i < 4; i++)

@@ -78,7 +78,8 @@ random_fact(const kne_arch *a, int32_t *id, int32_t n, int32_t n_prompt, uint64_
 
 /* Score of object token j in double: log P or P. */
 static double
-ref_score(const tiny_model *t, const kne_tokens *fact, int32_t j, int kind, const float *const *alpha)
+ref_score(const tiny_model *t, const kne_tokens *fact, int32_t j, int kind,
+          const float *const *alpha)
 {
     const int32_t V = t->m.arch.vocab_size;
     double        logits[32 * 64], most = -1e300, sum = 0;
@@ -187,7 +188,7 @@ options(const tiny_model *t, int points, int path, int quadrature, int score)
     return o;
 }
 
-/* <v, d score / d v> of every neuron and object token against central differences in the scale of v. */
+/* <v, d score / d v> of every neuron and token against central differences in the scale of v. */
 static void
 test_identity(const tiny_spec *spec, int kind, int with_view)
 {
@@ -232,7 +233,8 @@ test_identity(const tiny_spec *spec, int kind, int with_view)
 
 /* d score / d alpha at one point of a path (layer -1: all layers), by central differences. */
 static double
-ref_slope(const tiny_model *t, const kne_tokens *fact, int32_t j, int kind, int32_t layer, double at)
+ref_slope(const tiny_model *t, const kne_tokens *fact, int32_t j, int kind, int32_t layer,
+          double at)
 {
     float        factor[32];
     const float *alpha[8] = {NULL};
@@ -251,8 +253,8 @@ ref_slope(const tiny_model *t, const kne_tokens *fact, int32_t j, int kind, int3
 }
 
 /*
- * Summed over the neurons that a path scales, attribution is the path's integral of d score / d alpha: with the
- * same nodes that is exact, and with enough of them it is score(1) - score(0).
+ * Summed over the neurons that a path scales, attribution is the path's integral of d score / d
+ * alpha: with the same nodes that is exact, and with enough of them it is score(1) - score(0).
  */
 static void
 test_completeness(const tiny_spec *spec, int kind, bool with_view)
@@ -284,7 +286,8 @@ test_completeness(const tiny_spec *spec, int kind, bool with_view)
             {
                 const float *alpha[8] = {NULL};
                 int32_t      scaled = path == KNE_PATH_LAYER ? l : -1;
-                int32_t      from = scaled < 0 ? 0 : l * f, to = scaled < 0 ? a->n_layers * f : (l + 1) * f;
+                int32_t      from = scaled < 0 ? 0 : l * f,
+                        to = scaled < 0 ? a->n_layers * f : (l + 1) * f;
                 double       sum = 0, want = 0;
 
                 for (int32_t k = from; k < to; k++)
@@ -299,10 +302,10 @@ test_completeness(const tiny_spec *spec, int kind, bool with_view)
                 worst[turn / 2] = fmax(worst[turn / 2], fabs(sum - want) / fmax(fabs(want), 0.02));
             }
     }
-    check(fine && worst[0] < 2e-3, "%s: attribution of %s%s is the sum over its points (%.1e)", spec->name,
-          kind == KNE_SCORE_P ? "P" : "log P", with_view ? " in a view" : "", worst[0]);
-    check(fine && worst[1] < 5e-2, "%s: of many points, the change of %s from 0 to 1 (%.1e)", spec->name,
-          kind == KNE_SCORE_P ? "P" : "log P", worst[1]);
+    check(fine && worst[0] < 2e-3, "%s: attribution of %s%s is the sum over its points (%.1e)",
+          spec->name, kind == KNE_SCORE_P ? "P" : "log P", with_view ? " in a view" : "", worst[0]);
+    check(fine && worst[1] < 5e-2, "%s: of many points, the change of %s from 0 to 1 (%.1e)",
+          spec->name, kind == KNE_SCORE_P ? "P" : "log P", worst[1]);
     kne_view_free(view);
     tiny_free(plain);
     tiny_free(t);
@@ -326,7 +329,8 @@ test_batched(const tiny_spec *spec, int path, int kind)
 
     for (int i = 0; i < N; i++)
     {
-        fact[i] = random_fact(&t->m.arch, id[i], 3 + i % 11, i % 5 ? 2 : 2 + i % 11 / 4, (uint64_t) i);
+        fact[i] =
+            random_fact(&t->m.arch, id[i], 3 + i % 11, i % 5 ? 2 : 2 + i % 11 / 4, (uint64_t) i);
         if (fact[i].n - fact[i].n_prompt > 4)
             fact[i].n_prompt = fact[i].n - 4;
         first[i] = k;
@@ -469,7 +473,8 @@ test_select(void)
     for (int i = 0; i < L * F; i++)
         score[i] = NAN;
     kne_select_top(score, F, 1, 2, 3, got, &err);
-    check(got[0] == F && got[1] == F + 1 && got[2] == F + 2, "NaN alone: the first neurons of the range");
+    check(got[0] == F && got[1] == F + 1 && got[2] == F + 2,
+          "NaN alone: the first neurons of the range");
     check(kne_select_top(score, F, 1, 2, 2 * F + 1, got, &err) == KNE_ERR_INTERNAL,
           "more than there are is refused");
 }

@@ -110,7 +110,8 @@ test_nomem(bool for_good, bool locate)
         fine = st == KNE_OK ? r && same_deltas(r, fresh) : st == KNE_ERR_NOMEM && !r;
         if (!fine)
         {
-            printf("# allocation %ld: status %d, %s\n", at, st, st == KNE_OK ? "another result" : err.msg);
+            printf("# allocation %ld: status %d, %s\n", at, st,
+                   st == KNE_OK ? "another result" : err.msg);
             describe(r);
         }
         kne_edit_result_free(r);
@@ -120,7 +121,8 @@ test_nomem(bool for_good, bool locate)
     check(fine && refused > 20, "%s: memory that runs out%s at any of %ld allocations is a status",
           locate ? "locate" : "edit", for_good ? " for good" : "", at);
     r = NULL;
-    check(ok((locate ? kne_locate_run : kne_edit_run)(&job, &r, &err), &err) && same_deltas(r, fresh),
+    check(ok((locate ? kne_locate_run : kne_edit_run)(&job, &r, &err), &err) &&
+              same_deltas(r, fresh),
           "and with the cache that is left, the result of a fresh one");
     kne_edit_result_free(r);
     kne_edit_result_free(fresh);

@@ -38,7 +38,8 @@ ref_facts_init(ref_facts *r)
     memset(r, 0, sizeof *r);
     r->t = tiny_new(&tiny_specs[0], 31);
     for (int i = 0; i < N_REF; i++)
-        r->fact[i] = random_fact(&r->t->m.arch, r->id[i], 6 + i % 10, 4 + i % 2, i == 9 ? 2 : (uint64_t) i + 1000);
+        r->fact[i] = random_fact(&r->t->m.arch, r->id[i], 6 + i % 10, 4 + i % 2,
+                                 i == 9 ? 2 : (uint64_t) i + 1000);
     r->fact[9] = random_fact(&r->t->m.arch, r->id[9], r->fact[2].n, r->fact[2].n_prompt, 1002);
     ok(kne_ref_cache_new(&r->cache, &err), &err);
 }
@@ -96,7 +97,8 @@ activations_are(ref_facts *r, int i)
     bool right = true;
     for (int32_t o = 0; o < pack.b.n_out; o++)
         for (int32_t v = 0; v < a->vocab_size; v++)
-            right &= w->logits[o * a->vocab_size + v] <= w->logits[o * a->vocab_size + pack.target[o]];
+            right &=
+                w->logits[o * a->vocab_size + v] <= w->logits[o * a->vocab_size + pack.target[o]];
     same &= right == ref->right;
     kne_work_free(w);
     kne_arena_free(&arena);
@@ -120,12 +122,14 @@ test_cache(void)
     fine = ok(get_refs(&r, N_REF, &calls, &err), &err);
     for (int i = 0; i < N_REF; i++)
         fine &= activations_are(&r, i);
-    check(fine && r.passes > 1 && r.ref[9] == r.ref[2], "references are the activations of each fact on the base");
+    check(fine && r.passes > 1 && r.ref[9] == r.ref[2],
+          "references are the activations of each fact on the base");
     kne_ref *before[N_REF];
 
     memcpy(before, r.ref, sizeof before);
     r.passes = 0;
-    check(get_refs(&r, N_REF, &calls, &err) == KNE_OK && !memcmp(before, r.ref, sizeof before) && r.passes == 0,
+    check(get_refs(&r, N_REF, &calls, &err) == KNE_OK && !memcmp(before, r.ref, sizeof before) &&
+              r.passes == 0,
           "asked again nothing is computed");
 
     fine = ok(kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, N_REF, &calls, &err), &err);
@@ -141,11 +145,13 @@ test_cache(void)
         for (int k = 0; k < r.t->m.arch.n_layers * r.t->m.arch.d_ff; k++)
             fine &= r.ref[at_fact]->score[k] == fabsf(scores[0][k]);
     }
-    check(fine, "reference scores are |attribution| of each fact, one that is known twice included");
+    check(fine,
+          "reference scores are |attribution| of each fact, one that is known twice included");
     r.passes = 0;
     opt.layer_min = 1; /* a range and the number of references are no part of a score */
     opt.reference = 7;
-    check(kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, N_REF, &calls, &err) == KNE_OK && r.passes == 0,
+    check(kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, N_REF, &calls, &err) == KNE_OK &&
+              r.passes == 0,
           "asked again, for other layers, no score is computed");
     float kept = r.ref[0]->score[0];
 
@@ -153,9 +159,13 @@ test_cache(void)
     {
         kne_options other = opt;
 
-        *(k == 0 ? &other.points : k == 1 ? &other.path : k == 2 ? &other.quadrature : &other.score) ^= 1;
-        fine = kne_ref_scores(&r.t->m, be, &other, r.fact, r.ref, pick, 1, &calls, &err) == KNE_OK &&
-               r.ref[0]->score[0] != kept;
+        *(k == 0   ? &other.points
+          : k == 1 ? &other.path
+          : k == 2 ? &other.quadrature
+                   : &other.score) ^= 1;
+        fine =
+            kne_ref_scores(&r.t->m, be, &other, r.fact, r.ref, pick, 1, &calls, &err) == KNE_OK &&
+            r.ref[0]->score[0] != kept;
         fine &= kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, 1, &calls, &err) == KNE_OK &&
                 r.ref[0]->score[0] == kept;
         check(fine, "another option %d is another score", k);
@@ -189,7 +199,7 @@ test_cache(void)
         int           left = 2;
         kne_job_calls stopping = {.ctx = &left, .yield = stop_at};
         int           n = 10 + 20 * stops < N_REF ? 10 + 20 * stops : N_REF;
-        kne_status    st = kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, n, &stopping, &err);
+        kne_status st = kne_ref_scores(&r.t->m, be, &opt, r.fact, r.ref, pick, n, &stopping, &err);
 
         fine &= st == KNE_OK || st == KNE_ERR_CANCELLED;
         if (n == N_REF)
@@ -333,7 +343,8 @@ test_metric(void)
 
     for (int turn = 0; turn < 24; turn++)
     {
-        int32_t neuron[MAX], n = turn == 0 ? f : 0, layer = turn % 3, n_ref = turn % 4 == 3 ? 2 : N_REF;
+        int32_t neuron[MAX], n = turn == 0 ? f : 0, layer = turn % 3,
+                             n_ref = turn % 4 == 3 ? 2 : N_REF;
         double  ridge = turn % 5 == 0 ? 1e-4 : 0.01, mean = 0, rows = 0;
 
         for (int32_t k = 0; k < f; k++)

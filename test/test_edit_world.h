@@ -16,7 +16,7 @@ typedef struct world
 {
     tiny_model *t;
     kne_view   *base;
-    char        known_prompt[WORLD_KNOWN + 8][WORLD_TEXT], known_object[WORLD_KNOWN + 8][WORLD_TEXT];
+    char known_prompt[WORLD_KNOWN + 8][WORLD_TEXT], known_object[WORLD_KNOWN + 8][WORLD_TEXT];
     kne_known   known[WORLD_KNOWN + 8];
     int32_t     n_known;
     char        prompt[WORLD_EDITS][2][WORLD_TEXT], object[WORLD_EDITS][WORLD_TEXT];
@@ -45,9 +45,12 @@ letters(void)
         "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":true},"
         "\"decoder\":{\"type\":\"ByteLevel\"},"
         "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":["
-        "{\"SpecialToken\":{\"id\":\"<s>\",\"type_id\":0}},{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}],"
-        "\"pair\":[],\"special_tokens\":{\"<s>\":{\"id\":\"<s>\",\"ids\":[%d],\"tokens\":[\"<s>\"]}}},"
-        "\"model\":{\"type\":\"BPE\",\"vocab\":{", WORLD_BOS, WORLD_BOS);
+        "{\"SpecialToken\":{\"id\":\"<s>\",\"type_id\":0}},{\"Sequence\":{\"id\":\"A\",\"type_id\":"
+        "0}}],"
+        "\"pair\":[],\"special_tokens\":{\"<s>\":{\"id\":\"<s>\",\"ids\":[%d],\"tokens\":[\"<s>\"]}"
+        "}},"
+        "\"model\":{\"type\":\"BPE\",\"vocab\":{",
+        WORLD_BOS, WORLD_BOS);
     for (int i = 0; i < 16; i++)
         ADD("\"%c\":%d,\"\\u0120%c\":%d,", WORLD_LETTERS[i], i, WORLD_LETTERS[i], 17 + i);
     ADD("\"\\u0120\":16,\".\":33},\"merges\":[");
@@ -133,9 +136,13 @@ world_new(const tiny_spec *spec, uint64_t seed)
         snprintf(w->object[i], WORLD_TEXT, "%c", WORLD_LETTERS[(best + 1 + i) % 16]);
         for (int k = 0; k < 8; k++)
             w->anchors[i][k] = w->n_known ? (i * 9 + k * 5) % w->n_known : 0;
-        w->edit[i] = (kne_edit_spec) {
-            .edit_id = 100 + i, .n_prompts = 1, .prompt = w->prompts[i], .object = text_of(w->object[i]),
-            .n_anchors = w->n_known ? 8 : 0, .anchor = w->anchors[i],
+        w->edit[i] = (kne_edit_spec){
+            .edit_id = 100 + i,
+            .n_prompts = 1,
+            .prompt = w->prompts[i],
+            .object = text_of(w->object[i]),
+            .n_anchors = w->n_known ? 8 : 0,
+            .anchor = w->anchors[i],
         };
     }
     return w;
@@ -182,12 +189,13 @@ static bool
 same_outcome(const kne_edit_outcome *a, const kne_edit_outcome *b)
 {
     if (a->edit_id != b->edit_id || a->outcome != b->outcome || a->steps != b->steps ||
-        a->n_tokens != b->n_tokens || a->p_before != b->p_before || a->n_ensemble != b->n_ensemble ||
-        !a->delta != !b->delta || a->norm != b->norm ||
+        a->n_tokens != b->n_tokens || a->p_before != b->p_before ||
+        a->n_ensemble != b->n_ensemble || !a->delta != !b->delta || a->norm != b->norm ||
         (a->delta && memcmp(a->delta->digest, b->delta->digest, KNE_DIGEST_LEN)))
         return false;
     for (int i = 0; i < a->n_ensemble; i++)
-        if (a->ensemble[i].layer != b->ensemble[i].layer || a->ensemble[i].neuron != b->ensemble[i].neuron ||
+        if (a->ensemble[i].layer != b->ensemble[i].layer ||
+            a->ensemble[i].neuron != b->ensemble[i].neuron ||
             memcmp(&a->ensemble[i].score, &b->ensemble[i].score, sizeof(float)) ||
             memcmp(a->ensemble[i].token_score, b->ensemble[i].token_score,
                    (size_t) a->n_tokens * sizeof(float)))
@@ -228,7 +236,8 @@ view_after_result(const world *w, const kne_view *before, const kne_edit_result 
 
     for (int i = 0; i <= r->n_edits; i++)
     {
-        while (before && b < before->n_edits && (i == r->n_edits || before->edit_id[b] < r->edit[i].edit_id))
+        while (before && b < before->n_edits &&
+               (i == r->n_edits || before->edit_id[b] < r->edit[i].edit_id))
         {
             id[n] = before->edit_id[b];
             delta[n++] = before->delta[b++];
@@ -258,9 +267,9 @@ describe(const kne_edit_result *r)
 {
     for (int i = 0; r && i < r->n_edits; i++)
         printf("# edit %lld: outcome %d, %d steps, P %.3g -> %.3g, %d neurons, |delta| %.3g%s%s\n",
-               (long long) r->edit[i].edit_id, r->edit[i].outcome, r->edit[i].steps, r->edit[i].p_before,
-               r->edit[i].p_after, r->edit[i].n_ensemble, r->edit[i].norm, r->edit[i].message[0] ? ": " : "",
-               r->edit[i].message);
+               (long long) r->edit[i].edit_id, r->edit[i].outcome, r->edit[i].steps,
+               r->edit[i].p_before, r->edit[i].p_after, r->edit[i].n_ensemble, r->edit[i].norm,
+               r->edit[i].message[0] ? ": " : "", r->edit[i].message);
 }
 
 #endif
