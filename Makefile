@@ -35,7 +35,6 @@ DOCS       = README.md
 REGRESS    = $(patsubst sql/%.sql,%,$(sort $(wildcard sql/*.sql)))
 ISOLATION  = $(patsubst specs/%.spec,%,$(sort $(wildcard specs/*.spec)))
 TAP_TESTS  = 1
-PROVE_FLAGS ?= -v
 PG_CFLAGS  = -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers \
              -Wno-declaration-after-statement -fvisibility=hidden
 EXTRA_CLEAN = build

@@ -32,7 +32,8 @@ extern int   kne_idle_timeout; /* seconds */
 
 /* ---- shared memory (module.c) ---- */
 #define KNE_MAX_WORKERS 64
-#define KNE_SOCKET "kne.sock" /* in the data directory, which is every process's working directory */
+/* Below the data directory, every process's working directory, where base backups do not look. */
+#define KNE_SOCKET "pg_stat_tmp/kne.sock"
 
 typedef enum KneEngineState
 {

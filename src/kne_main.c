@@ -278,7 +278,7 @@ follow_parent(void)
 {
     pid_t parent = getppid();
 
-    return prctl(PR_SET_PDEATHSIG, SIGTERM) == 0 && getppid() == parent;
+    return prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && getppid() == parent;
 }
 
 /* The name in ps: "kne-engine", without the path and the numbers of descriptors. */

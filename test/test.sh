@@ -55,7 +55,7 @@ stop_server
 
 say "TAP"
 status=0
-as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" installcheck REGRESS= ISOLATION= >"$log" 2>&1 || status=$?
+as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" installcheck REGRESS= ISOLATION= PROVE_FLAGS=-v >"$log" 2>&1 || status=$?
 tally "TAP" $status
 
 say "the project itself"
