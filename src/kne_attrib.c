@@ -133,6 +133,11 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
 {
     const int32_t L = m->arch.n_layers;
     const bool    by_layer = opt->path == KNE_PATH_LAYER && opt->points > 1;
+    /* one layer at a time: those whose scores are wanted */
+    const int32_t low = by_layer ? opt->layer_min : -1;
+    const int32_t last = opt->layer_max >= 0 && opt->layer_max < L ? opt->layer_max : L - 1;
+    const int32_t high = by_layer ? last : -1;
+    const int     turns = opt->points * (high - low + 1);
     double        node[64], weight[64];
     pass          p = {.m = m, .be = be};
     kne_arena     arena = {0};
@@ -146,7 +151,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
         int32_t s = fact[i].n - fact[i].n_prompt;
 
         rows = fact[i].n > rows ? fact[i].n : rows;
-        total += (int64_t) s * opt->points * (by_layer ? L : 1);
+        total += (int64_t) s * turns;
     }
     if (total == 0)
         return KNE_OK;
@@ -173,7 +178,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
 
     for (int32_t i = 0; i < n_facts && st == KNE_OK; i++)
         for (int32_t j = fact[i].n_prompt; j < fact[i].n && st == KNE_OK; j++, k++)
-            for (int32_t pt = 0; pt < opt->points * (by_layer ? L : 1) && st == KNE_OK; pt++)
+            for (int32_t pt = 0; pt < turns && st == KNE_OK; pt++)
             {
                 int q = pt % opt->points;
 
@@ -188,7 +193,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
                     if (st != KNE_OK)
                         break;
                 }
-                p.point[p.pack.b.n_seq] = (point) {score[k], by_layer ? pt / opt->points : -1,
+                p.point[p.pack.b.n_seq] = (point) {score[k], low + pt / opt->points,
                                                    (float) node[q], (float) weight[q]};
                 kne_pack_add(&p.pack, fact[i].id, j + 1, j);
                 done++;

@@ -222,7 +222,13 @@ look_after(batch *b, const kne_view *view, kne_err *err)
                 b->result->disturbed[b->result->n_disturbed++] = b->known_at[who[i]];
             continue;
         }
-        b->edit[who[i]].out->p_after = exp(logp[i]);
+        edit *e = &b->edit[who[i]];
+
+        e->out->p_after = exp(logp[i]);
+        /* what is said must be so once it is committed */
+        if (e->out->outcome == KNE_OUTCOME_HOLDS && !right[i])
+            kne_edit_end(e, KNE_OUTCOME_FAILED, "the model answered this already, but no longer does "
+                         "with the edits that ran with it");
     }
     free(fact);
     free(who);

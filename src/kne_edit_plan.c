@@ -243,10 +243,14 @@ static kne_status
 references(batch *b, struct kne_ref_cache *cache, kne_err *err)
 {
     const kne_edit_job *job = b->job;
-    int32_t             n = b->n_known < b->opt.protect ? b->n_known : b->opt.protect;
+    bool                contrasts = b->opt.select == KNE_SELECT_ATTRIBUTION && b->opt.contrast > 0;
+    int32_t             n = b->opt.protect;
 
+    if (contrasts && n < b->opt.reference) /* a contrast needs its facts, whatever protects */
+        n = b->opt.reference;
+    n = n < b->n_known ? n : b->n_known;
     KNE_TRY(kne_refs(cache, job->model, job->backend, b->known, n, b->ref, &job->calls, err));
-    for (int32_t i = 0; i < n; i++)
+    for (int32_t i = 0; i < n && i < b->opt.protect; i++)
         if (b->ref[i]->right || job->known[b->known_at[i]].edit_id)
             b->protect[b->n_protect++] = b->ref[i];
     b->is_protected = b->n_protect >= 64; /* KNE.md 4: fewer protect nothing */

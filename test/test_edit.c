@@ -527,6 +527,38 @@ test_cancel(void)
     world_free(w);
 }
 
+/* What holds before a batch that takes it away does not hold. */
+static void
+test_holds_no_longer(void)
+{
+    world           *w = world_new(&tiny_specs[3], 83);
+    kne_edit_job     job = job_of(w, 2);
+    kne_edit_spec    specs[2] = {w->edit[0], w->edit[0]};
+    kne_edit_result *r;
+    bool             is_best;
+    char             now[2] = {0};
+
+    now[0] = WORLD_LETTERS[best_letter(w, NULL, w->prompt[0][0], &is_best)];
+    if (!is_best) /* then another prompt's answer will do */
+    {
+        specs[0].prompt = specs[1].prompt = &w->known[0].prompt;
+        now[0] = w->known_object[0][0];
+    }
+    char other[2] = {(char) (now[0] == 'a' ? 'b' : 'a'), '\0'};
+
+    specs[0].object = text_of(now);
+    specs[1].object = text_of(other);
+    specs[1].edit_id++;
+    job.edit = specs;
+    r = run(&job);
+    check(r && r->edit[1].outcome == KNE_OUTCOME_APPLIED && r->edit[0].outcome == KNE_OUTCOME_FAILED &&
+              !r->edit[0].delta && strstr(r->edit[0].message, "no longer") &&
+              r->edit[0].p_after < r->edit[0].p_before,
+          "what held before its own batch took it away has failed");
+    kne_edit_result_free(r);
+    world_free(w);
+}
+
 /* ---- known facts ---- */
 
 static void
@@ -573,6 +605,20 @@ test_known(void)
     r = run(&job);
     check(same_deltas(plain, r), "known facts without tokens and anchors out of range change "
                                  "nothing but the digest of the facts");
+    kne_edit_result_free(r);
+
+    kne_edit_result *bare;
+
+    job = job_of(w, 2);
+    job.options.protect = 0;
+    r = run(&job);
+    job.options.contrast = 0;
+    bare = run(&job);
+    check(r && bare && strstr(r->provenance, "\"protecting_facts\":0") &&
+              memcmp(&r->edit[0].ensemble[0].score, &bare->edit[0].ensemble[0].score,
+                     sizeof(float)),
+          "the contrast has its facts even where none protects");
+    kne_edit_result_free(bare);
     kne_edit_result_free(r);
 
     /* only so many anchors as the option says, nearest first */
@@ -843,6 +889,7 @@ main(void)
     }
     test_endings();
     test_quarrel();
+    test_holds_no_longer();
     test_cancel();
     test_known();
     for (int i = 0; i < 4; i++)
