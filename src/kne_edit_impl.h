@@ -72,7 +72,7 @@ typedef struct batch
     const kne_ref     **protect; /* (n_protect) those behind the metric */
     int32_t             n_protect;
     bool                is_protected, locate_only; /* locate: what holds already is attributed too */
-    uint8_t            *held;    /* (n_known) edits' facts that held before */
+    uint8_t            *held;    /* (n_known) edits' facts and anchors that held before */
     shared_rows         rows;
     bool                moves[N_MATRICES];
     kne_pack            pack;
@@ -83,6 +83,8 @@ typedef struct batch
     double             *column;
     edit              **turn;    /* (n_edits) the edits of the current pass */
     int32_t             n_turn;
+    uint64_t            pass_key, last_key; /* of the sequences packed now, and of the pass before; 0: none */
+    int32_t             lowest;  /* layer in which anything moves */
 } batch;
 
 kne_status kne_batch_plan(batch *b, kne_err *err);      /* tokens, before, references, ensembles */

@@ -316,7 +316,10 @@ run_pass(batch *b, bool learn, kne_err *err)
     const int32_t       V = job->model->arch.vocab_size;
     bool                any = false;
 
-    KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, 0, err));
+    /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
+    KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL,
+                        b->pass_key == b->last_key ? b->lowest : 0, err));
+    b->last_key = b->pass_key;
     be->logprob(be->ctx, b->logp, b->best, NULL, w->logits, b->pack.target, NULL, b->pack.b.n_out, V);
     for (int32_t i = 0; i < b->n_turn; i++)
     {
@@ -358,7 +361,7 @@ run_pass(batch *b, bool learn, kne_err *err)
         e->loss = loss;
     }
     if (learn && any)
-        KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->opt.layer_min,
+        KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->lowest,
                              collect_gradient, b, err));
     return KNE_OK;
 }
@@ -369,6 +372,7 @@ fill_pass(batch *b, edit_state wanted, int32_t *next, bool anchors)
 {
     kne_pack_clear(&b->pack);
     b->n_turn = 0;
+    b->pass_key = anchors;
     for (; *next < b->job->n_edits; (*next)++)
     {
         edit   *e = &b->edit[*next];
@@ -390,6 +394,7 @@ fill_pass(batch *b, edit_state wanted, int32_t *next, bool anchors)
         }
         e->row1 = b->pack.b.n;
         b->turn[b->n_turn++] = e;
+        b->pass_key = (b->pass_key ^ (uint64_t) (*next + 2)) * 0x9E3779B97F4A7C15ull;
     }
     return b->n_turn > 0;
 }
@@ -452,7 +457,7 @@ adam_step(batch *b, edit *e)
 
 /* ---- the job ---- */
 
-/* The anchors' distributions in the view, before anything moves. */
+/* The anchors' distributions in the view, before anything moves, and which of them hold. */
 static kne_status
 anchor_references(batch *b, kne_err *err)
 {
@@ -460,13 +465,15 @@ anchor_references(batch *b, kne_err *err)
     size_t              n = 0;
     kne_tokens         *fact;
     float             **at;
+    uint8_t            *right;
     kne_status          st;
 
     for (int32_t i = 0; i < job->n_edits; i++)
         n += b->edit[i].state == EDIT_ENDED || b->opt.beta <= 0 ? 0 : (size_t) b->edit[i].n_anchors;
     fact = malloc((n + 1) * sizeof *fact);
     at = malloc((n + 1) * sizeof *at);
-    st = fact && at ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    right = malloc(n + 1);
+    st = fact && at && right ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
     n = 0;
     for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
         for (int32_t a = 0; b->edit[i].state != EDIT_ENDED && b->opt.beta > 0 && a < b->edit[i].n_anchors; a++, n++)
@@ -475,8 +482,13 @@ anchor_references(batch *b, kne_err *err)
             at[n] = b->edit[i].anchor_logp[a];
         }
     if (st == KNE_OK)
-        st = kne_score_tokens(job->model, job->backend, job->view, fact, (int32_t) n, NULL, NULL, at,
+        st = kne_score_tokens(job->model, job->backend, job->view, fact, (int32_t) n, NULL, right, at,
                               job->calls.yield, job->calls.ctx, err);
+    n = 0;
+    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
+        for (int32_t a = 0; b->edit[i].state != EDIT_ENDED && b->opt.beta > 0 && a < b->edit[i].n_anchors; a++)
+            b->held[b->edit[i].anchor[a]] = right[n++];
+    free(right);
     free(fact);
     free(at);
     return st;
@@ -488,6 +500,7 @@ prepare_edits(batch *b)
     const kne_arch *arch = &b->job->model->arch;
     const int32_t   L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
 
+    b->lowest = L;
     for (int32_t l = 0; l < L; l++)
     {
         double mean = kne_metric_mean(b->protect, b->n_protect, l, f);
@@ -497,6 +510,8 @@ prepare_edits(batch *b)
             edit   *e = &b->edit[i];
             int32_t from = e->state == EDIT_ENDED ? 0 : e->from[l], n = e->state == EDIT_ENDED ? 0 : e->from[l + 1] - from;
 
+            if (n && l < b->lowest)
+                b->lowest = l;
             for (int32_t j = from; j < from + n; j++)
                 for (int k = 0; k < N_MATRICES; k++)
                     for (int32_t c = 0; b->moves[k] && c < d; c++)
