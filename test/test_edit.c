@@ -551,7 +551,8 @@ test_holds_no_longer(void)
     specs[1].edit_id++;
     job.edit = specs;
     r = run(&job);
-    check(r && r->edit[1].outcome == KNE_OUTCOME_APPLIED && r->edit[0].outcome == KNE_OUTCOME_FAILED &&
+    check(r && r->edit[1].outcome == KNE_OUTCOME_APPLIED &&
+              r->edit[0].outcome == KNE_OUTCOME_FAILED &&
               !r->edit[0].delta && strstr(r->edit[0].message, "no longer") &&
               r->edit[0].p_after < r->edit[0].p_before,
           "what held before its own batch took it away has failed");
