@@ -201,7 +201,7 @@ wake_worker(bool prepared)
         }
         else
             slot->wanted = true;
-        latch = slot->pid != 0 && !prepared ? slot->latch : kne_shared->launcher_latch;
+        latch = slot->pid != 0 ? slot->latch : kne_shared->launcher_latch; /* an idle worker sees what is prepared */
     }
     if (latch)
         SetLatch(latch);
