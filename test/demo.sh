@@ -7,7 +7,8 @@ failed=0
 sql() { as psql -X -q -A -t -v ON_ERROR_STOP=1 "$@"; }
 # show TITLE SQL: print the question as one would type it and the answer psql gives
 show() {
-    printf '\n-- %s\n=> %s;\n' "$1" "$2"
+    printf '\n%s=> %s;\n' "${1:+-- $1
+}" "$2"
     as psql -X -q -v ON_ERROR_STOP=1 -P pager=off -c "$2"
 }
 ask() { sql -c "$1"; }
@@ -45,7 +46,7 @@ check "nor did other facts about France" \
       "$(ask "SELECT bool_and(kne_knows(subject, relation, object)) FROM kne.fact WHERE subject = 'France' AND relation <> 'capital' AND valid_to IS NULL")" t
 
 show "who, when, what" "SELECT edit_id, subject, relation, answer_before, object, round(probability_before::numeric, 6) AS p_before, round(probability_after::numeric, 3) AS p_after, neurons, state, requested_by, requested_at FROM kne.edit_history"
-show "where it sits: neurons by layer" "SELECT layer, count(*) AS neurons, round(max(score)::numeric, 2) AS best_score FROM kne.ensemble WHERE edit_id = $id GROUP BY layer ORDER BY layer"
+show "where it sits: neurons by layer" "SELECT layer, count(*) AS neurons FROM kne.ensemble WHERE edit_id = $id GROUP BY layer ORDER BY layer"
 check "the audit row is there" "$(ask "SELECT count(*) FROM kne.edit_history WHERE edit_id = $id AND state = 'applied'")" 1
 
 show "the revert" "SELECT kne_revert($id, 'only a demonstration')"

@@ -7,5 +7,7 @@ SELECT kne_load_model('atlas', '$tmp/models/atlas');
 COPY kne.relation (relation, prompt, paraphrases, inverse) FROM '$tmp/models/atlas/relations.tsv';
 COPY kne.fact (subject, relation, object) FROM '$tmp/models/atlas/facts.tsv';
 SQL
-as psql -X || true
+status=0
+as psql -X || status=$?
 stop_server
+exit $status
