@@ -83,7 +83,7 @@ CREATE TABLE kne.solution (
     edit_id            bigint NOT NULL REFERENCES kne.edit_request,
     generation         integer NOT NULL,
     model_id           integer NOT NULL REFERENCES kne.model,
-    digest             bytea NOT NULL CHECK (length(digest) = 32), -- of the delta rows, see docs/protocol
+    digest             bytea NOT NULL CHECK (length(digest) = 32), -- of the delta rows, see src/kne_protocol.h
     n_neurons          integer NOT NULL,
     n_rows             integer NOT NULL,             -- 0: the fact held already
     norm               double precision NOT NULL,
