@@ -2,8 +2,9 @@
  * bench_peer.c - kne's side of bench/peer_torch.py: the edits of a list, each alone, then all as one batch, with a fixed
  * number of steps. One JSON object on stdout.
  *
- * bench_peer MODEL EDITS [--alone N] [--batch N] [--threads T] [--options JSON]
- * --alone: how many of the list are timed one at a time (after one that is not timed); --batch: how many together (0: none)
+ * bench_peer MODEL EDITS [--alone N] [--batch N] [--prompts N] [--anchors N] [--threads T] [--options JSON]
+ * --alone: how many of the list are timed one at a time (after one that is not timed); --batch: how many together (0: none);
+ * --prompts, --anchors: at most so many of each edit's
  */
 #include "bench_list.h"
 
@@ -46,7 +47,7 @@ progress(void *ctx, int phase, int done, int total, float loss, int finished)
 int
 main(int argc, char **argv)
 {
-    int          alone = 3, batch = 16, threads = 2;
+    int          alone = 3, batch = 16, threads = 2, prompts = 16, anchors = 64;
     const char  *json = "";
     kne_err      err;
     kne_options  opt;
@@ -64,6 +65,10 @@ main(int argc, char **argv)
             alone = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--batch"))
             batch = atoi(argv[i + 1]);
+        else if (!strcmp(argv[i], "--prompts"))
+            prompts = atoi(argv[i + 1]);
+        else if (!strcmp(argv[i], "--anchors"))
+            anchors = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--threads"))
             threads = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--options"))
@@ -73,6 +78,11 @@ main(int argc, char **argv)
     }
     if (!list_read(argv[2], &list))
         die("cannot read the edits", NULL);
+    for (int i = 0; i < list.n; i++)
+    {
+        list.edit[i].n_prompts = list.edit[i].n_prompts < prompts ? list.edit[i].n_prompts : prompts;
+        list.edit[i].n_anchors = list.edit[i].n_anchors < anchors ? list.edit[i].n_anchors : anchors;
+    }
     if (kne_cpu_backend_new(threads, NULL, &be, &err) != KNE_OK || kne_model_open(argv[1], &model, &err) != KNE_OK ||
         kne_options_parse(&opt, json, strlen(json), &err) != KNE_OK || kne_ref_cache_new(&cache, &err) != KNE_OK ||
         kne_view_new(model, be, 0, NULL, NULL, &view, &err) != KNE_OK)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The same edits written plainly in PyTorch, beside kne: seconds an edit, and whether both come to the same numbers.
 
-    peer_torch.py BENCH_PEER MODEL EDITS [--rounds R] [--steps N] [--threads T]
+    peer_torch.py BENCH_PEER MODEL EDITS [--rounds R] [--steps N] [--threads T] [--settings PROMPTS:ANCHORS ...]
 
 MODEL and EDITS as bench_make writes them (GPT-2). The peer does what editors written on transformers do: the model in
-float32 with eager autograd, right-padded batches, logits at every position, the full gradient of every matrix that is
-edited and a mask on it, torch.optim.Adam over whole matrices. It edits one fact at a time: with a delta of its own for each, autograd has
-no cheaper way. Attribution is gradient times weight, summed over a neuron's value vector.
+float32 with eager autograd, right-padded batches, logits at every position, full gradients of weight matrices and a mask
+on them, torch.optim.Adam over whole matrices. In one form every parameter has a gradient, as from_pretrained gives them; in the
+other only the matrices that are edited. It edits one fact at a time: with a delta of its own for each, autograd
+has no cheaper way. Attribution is gradient times weight, summed over a neuron's value vector.
 
 Rounds alternate between the two, since machines are shared; each figure is the least of the rounds (what the machine
 gives when it gives most), the ratio of these is what to read; on a busy machine the ratio of CPU seconds with one thread
@@ -42,12 +43,8 @@ class Peer:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
         self.o = options
-        for p in self.model.parameters():
-            p.requires_grad_(False)
         # row k of c_proj is the value vector of neuron k
         self.weights = [block.mlp.c_proj.weight for block in self.model.transformer.h]
-        for w in self.weights:
-            w.requires_grad_(True)
         self.original = [w.detach().clone() for w in self.weights]
 
     def tokens(self, prompt, target):
@@ -72,6 +69,12 @@ class Peer:
     def logp(self, batch):
         ids, mask, at, _ = batch
         return torch.log_softmax(self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[at], dim=-1)
+
+    def need(self, all_gradients):
+        for p in self.model.parameters():
+            p.requires_grad_(all_gradients)
+        for w in self.weights:
+            w.requires_grad_(True)
 
     def edit(self, e):
         o, out = self.o, {}
@@ -105,7 +108,7 @@ class Peer:
         optimiser = torch.optim.Adam(self.weights, lr=o["lr"])
         losses = []
         for _ in range(o["max_steps"] + 1):
-            optimiser.zero_grad()
+            self.model.zero_grad()
             logp = self.logp(facts)
             loss = -logp[:n_target].gather(1, facts[3][:n_target, None]).mean()
             if len(anchors):
@@ -133,21 +136,52 @@ def main():
     a.add_argument("--rounds", type=int, default=3)
     a.add_argument("--steps", type=int, default=20)
     a.add_argument("--threads", type=int, default=2)
+    a.add_argument("--settings", nargs="+", default=["3:8", "1:0"])
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     options = dict(step="adam", contrast=0, protect=0, reference=1, points=1, lr=2e-4, probability=0.9999,
                    max_steps=a.steps, fraction=0.02, max_neurons=4096, beta=1)
-    edits = read_edits(a.edits)
     peer = Peer(a.folder, options)
+    print(f"GPT-2 small, float32, random weights, {a.threads} threads, {a.steps} steps; peer: torch {torch.__version__}, "
+          f"transformers {transformers.__version__}.")
+    bad = 0
+    for setting in a.settings:
+        bad |= compare(a, peer, options, *map(int, setting.split(":")))
+    return bad
+
+
+def compare(a, peer, options, prompts, anchors):
+    edits = read_edits(a.edits)
+    for e in edits:
+        e["prompts"], e["anchors"] = e["prompts"][:prompts], e["anchors"][:anchors]
+    theirs, lean, ours, batch = [], [], [], []
+    peer.need(True)
     peer.edit(edits[0])  # not timed, as kne's first
-    theirs, ours, batch, kne = [], [], [], None
     for r in range(a.rounds):
+        peer.need(True)
         theirs.append(peer.edit(edits[r % len(edits)]))
+        peer.need(False)
+        lean.append(peer.edit(edits[r % len(edits)]))
         run = [a.program, a.folder, a.edits, "--threads", str(a.threads), "--alone", str(a.rounds), "--batch", "16",
-               "--options", json.dumps(options)]
+               "--prompts", str(prompts), "--anchors", str(anchors), "--options", json.dumps(options)]
         kne = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
         ours.append(kne["alone"][r])
         batch.append(kne["batch"])
+
+    def least(rows, key):
+        return min(row[key] for row in rows)
+
+    print(f"\n{prompts} prompt{'s' * (prompts > 1)} and {anchors} anchors an edit; {kne['backend']}; seconds an edit, and how many "
+          "times faster than the peer (than the one with fewer gradients)\n")
+    print("| | attribution and before | optimisation | all | times | CPU seconds | times |")
+    print("|---|---|---|---|---|---|---|")
+    for name, rows in (("peer", theirs), ("peer, gradients of the edited matrices alone", lean), ("kne, alone", ours),
+                       (f"kne, {batch[0]['edits']} together", batch)):
+        n = rows[0].get("edits", 1)
+        f = {k: least(rows, k) / n for k in ("attribution", "optimisation", "seconds", "cpu")}
+        times = {k: f"{least(theirs, k) / f[k]:.1f} ({least(lean, k) / f[k]:.1f})" for k in ("seconds", "cpu")}
+        print(f"| {name} | {f['attribution']:.3f} | {f['optimisation']:.3f} | {f['seconds']:.3f} | {times['seconds']} "
+              f"| {f['cpu']:.3f} | {times['cpu']} |")
 
     # the same numbers?
     worst = overlap = 0.0
@@ -155,20 +189,6 @@ def main():
         n = min(len(x["losses"]), len(y["losses"]) - 1, a.steps)
         worst = max([worst] + [abs(x["losses"][k] - y["losses"][k]) / max(1.0, abs(x["losses"][k])) for k in range(n)])
         overlap += len(set(x["ensemble"]) & set(y["ensemble"])) / len(x["ensemble"]) / a.rounds
-
-    def least(rows, key):
-        return min(row[key] for row in rows)
-
-    print(f"GPT-2 small, float32, random weights, {a.threads} threads, {a.steps} steps, 3 prompts and 8 anchors an edit; "
-          f"kne: {kne['backend']}; peer: torch {torch.__version__}, transformers {transformers.__version__}.\n")
-    print("| seconds an edit | attribution and before | optimisation | all | ratio | CPU seconds | ratio |")
-    print("|---|---|---|---|---|---|---|")
-    t, c = least(theirs, "seconds"), least(theirs, "cpu")
-    for name, rows in ("peer", theirs), ("kne, alone", ours), (f"kne, {batch[0]['edits']} together", batch):
-        n = rows[0].get("edits", 1)
-        f = {k: least(rows, k) / n for k in ("attribution", "optimisation", "seconds", "cpu")}
-        print(f"| {name} | {f['attribution']:.3f} | {f['optimisation']:.3f} | {f['seconds']:.3f} | {t / f['seconds']:.1f} "
-              f"| {f['cpu']:.3f} | {c / f['cpu']:.1f} |")
     print(f"\nSame ensemble: {100 * overlap:.2f} % of the neurons. Largest relative difference of the loss over {a.steps} "
           f"steps: {worst:.1e}; last loss {theirs[0]['losses'][a.steps - 1]:.5f} and {ours[0]['losses'][a.steps - 1]:.5f}.")
     if worst > 1e-2 or overlap < 0.99:
