@@ -193,9 +193,9 @@ CREATE TABLE kne.general_fact (
 -- ---------------------------------------------------------------- triggers
 
 CREATE FUNCTION kne.request_before() RETURNS trigger
-    LANGUAGE c SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_request_before';
+    LANGUAGE c SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_request_before';
 CREATE FUNCTION kne.request_after() RETURNS trigger
-    LANGUAGE c SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_request_after';
+    LANGUAGE c SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_request_after';
 CREATE FUNCTION kne.fact_before() RETURNS trigger
     LANGUAGE c SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_fact_before';
 CREATE FUNCTION kne.stamp() RETURNS trigger
@@ -219,10 +219,13 @@ CREATE CONSTRAINT TRIGGER stamp_to AFTER UPDATE OF valid_to ON kne.fact DEFERRAB
     FOR EACH ROW WHEN (OLD.valid_to IS NULL AND NEW.valid_to IS NOT NULL) EXECUTE FUNCTION kne.stamp();
 
 -- ---------------------------------------------------------------- functions
+--
+-- What checks or records its caller is not SECURITY DEFINER, for then nobody could tell the caller from the session; it
+-- becomes its owner inside (kne_as_owner in state.c). So do the triggers on kne.edit_request.
 
 CREATE FUNCTION kne_load_model(name text, path text, is_default boolean DEFAULT true)
     RETURNS integer
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_load_model';
 CREATE FUNCTION kne_drop_model(name text, force boolean DEFAULT false)
     RETURNS void
@@ -230,7 +233,7 @@ CREATE FUNCTION kne_drop_model(name text, force boolean DEFAULT false)
     AS 'MODULE_PATHNAME', 'kne_drop_model';
 CREATE FUNCTION kne_edit(subject text, relation text, object text, model text DEFAULT NULL, options jsonb DEFAULT NULL)
     RETURNS bigint
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_edit';
 CREATE FUNCTION kne_wait(edit_id bigint, timeout interval DEFAULT '10 minutes')
     RETURNS text
@@ -238,19 +241,19 @@ CREATE FUNCTION kne_wait(edit_id bigint, timeout interval DEFAULT '10 minutes')
     AS 'MODULE_PATHNAME', 'kne_wait';
 CREATE FUNCTION kne_revert(edit_id bigint, reason text DEFAULT NULL)
     RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_revert';
 CREATE FUNCTION kne_cancel(edit_id bigint)
     RETURNS boolean
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_cancel';
 CREATE FUNCTION kne_retry(edit_id bigint)
     RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_retry';
 CREATE FUNCTION kne_adopt()
     RETURNS bigint
-    LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_adopt';
 
 -- Reading functions: the model with exactly the edits that the caller's snapshot sees.

@@ -44,7 +44,14 @@ extern int32 kne_spi_int4(uint64 row, int col);
 extern bool kne_spi_bool(uint64 row, int col); /* false when null */
 extern char *kne_spi_text(uint64 row, int col, MemoryContext mcxt);
 
-/* The role that called, outside of kne's own SECURITY DEFINER. */
+/*
+ * Run a function of kne as its owner, and remember who called it: kne_caller and kne_caller_id tell. For functions that
+ * record or check their caller; they are not SECURITY DEFINER, because inside of that it is known only who the session is,
+ * and somebody else's function that a superuser's ANALYZE runs is not the superuser.
+ */
+extern Datum kne_as_owner(FunctionCallInfo fcinfo, PGFunction body);
+/* Who asked for what is being done: the caller of kne_as_owner; in other functions and in the worker the session's role. */
+extern Oid kne_caller_id(void);
 extern const char *kne_caller(void);
 
 /*

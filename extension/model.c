@@ -9,11 +9,15 @@
 
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 
 #include <stdlib.h>
+
+#define MAX_NAME_BYTES 200 /* of a model */
+#define FOLDER_HINT "The path names a folder on the server with config.json, *.safetensors and tokenizer.json."
 
 PG_FUNCTION_INFO_V1(kne_load_model);
 PG_FUNCTION_INFO_V1(kne_drop_model);
@@ -108,13 +112,18 @@ is_below(const char *path, const char *dir)
 static char *
 resolve(const char *path)
 {
-    bool any = has_privs_of_role(GetOuterUserId(), ROLE_PG_READ_SERVER_FILES);
+    bool any = has_privs_of_role(kne_caller_id(), ROLE_PG_READ_SERVER_FILES);
     char *real, *dir = NULL, *result;
     int save_errno;
 
+    if (strlen(path) >= MAXPGPATH)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_NAME), errmsg("the path of a model is too long"),
+                        errdetail("It has %zu bytes; a path has less than %d.", strlen(path), MAXPGPATH),
+                        errhint(FOLDER_HINT)));
     if (!is_absolute_path(path))
         ereport(ERROR, (errcode(ERRCODE_INVALID_NAME),
-                        errmsg("the path of a model must be absolute, not \"%s\"", path)));
+                        errmsg("the path of a model must be absolute, not \"%s\"", path),
+                        errdetail("An absolute path begins with a slash."), errhint(FOLDER_HINT)));
     real = realpath(path, NULL);
     save_errno = errno;
     if (kne_model_dir && kne_model_dir[0])
@@ -149,16 +158,20 @@ resolve(const char *path)
         ereport(
             ERROR,
             (errcode_for_file_access(), errmsg("could not open model folder \"%s\": %m", path),
-             errhint("The path names a folder on the server with config.json,"
-                         " *.safetensors and tokenizer.json.")));
+             errhint(FOLDER_HINT)));
     }
     result = pstrdup(real);
     free(real);
+    /* What a link leads to may have any bytes for a name; a row has text. */
+    if (!pg_verifymbstr(result, strlen(result), true))
+        ereport(ERROR, (errcode(ERRCODE_CHARACTER_NOT_IN_REPERTOIRE),
+                        errmsg("the name of the folder behind \"%s\" is not valid in this database's encoding", path),
+                        errhint("Rename the folder.")));
     return result;
 }
 
-Datum
-kne_load_model(PG_FUNCTION_ARGS)
+static Datum
+load_model_body(PG_FUNCTION_ARGS)
 {
     static KnePlan exists = {"SELECT 1 FROM kne.model WHERE name = $1", 1, {TEXTOID}};
     static KnePlan undefault = {"UPDATE kne.model SET is_default = false WHERE is_default"};
@@ -183,9 +196,13 @@ kne_load_model(PG_FUNCTION_ARGS)
     name = text_to_cstring(PG_GETARG_TEXT_PP(0));
     path = text_to_cstring(PG_GETARG_TEXT_PP(1));
     is_default = PG_GETARG_BOOL(2);
-    if (name[0] == '\0')
+    if (name[strspn(name, " \t\r\n\v\f")] == '\0')
         ereport(ERROR,
-                (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("name of a model must not be empty")));
+                (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("name of a model must not be empty"),
+                 errhint("It is what other functions know the model by.")));
+    if (strlen(name) > MAX_NAME_BYTES)
+        ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("name of a model is too long"),
+                        errdetail("It has %zu bytes; at most %d are allowed.", strlen(name), MAX_NAME_BYTES)));
 
     kne_spi_connect();
     values[0] = CStringGetTextDatum(name);
@@ -223,6 +240,12 @@ kne_load_model(PG_FUNCTION_ARGS)
     model_id = kne_spi_int4(0, 1);
     kne_spi_finish();
     PG_RETURN_INT32(model_id);
+}
+
+Datum
+kne_load_model(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, load_model_body);
 }
 
 /* ---------------------------------------------------------------- drop */

@@ -45,11 +45,13 @@ as_of_arg(FunctionCallInfo fcinfo, int n)
     t = PG_GETARG_TIMESTAMPTZ(n);
     if (TIMESTAMP_NOT_FINITE(t))
         ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must be finite"),
+                        errdetail("It is %s.", timestamptz_to_str(t)),
                         errhint("Leave it out, or pass NULL, for the present.")));
     if (t > GetCurrentTimestamp())
         ereport(ERROR,
                 (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("as_of must not be in the future"),
-                 errdetail("It is %s.", timestamptz_to_str(t))));
+                 errdetail("It is %s.", timestamptz_to_str(t)),
+                 errhint("Leave it out, or pass NULL, for the present.")));
     return t;
 }
 

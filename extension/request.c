@@ -16,6 +16,7 @@
 #include "access/transam.h"
 #include "access/xact.h"
 #include "access/xlog.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "executor/spi.h"
@@ -87,8 +88,8 @@ edit_id_arg(FunctionCallInfo fcinfo)
 
 /* ---------------------------------------------------------------- edit */
 
-Datum
-kne_edit(PG_FUNCTION_ARGS)
+static Datum
+edit_body(PG_FUNCTION_ARGS)
 {
     static KnePlan insert = {"INSERT INTO kne.edit_request (model_id, subject, relation, object, options)"
                              " VALUES ($1, $2, $3, $4, $5) RETURNING edit_id",
@@ -120,17 +121,25 @@ kne_edit(PG_FUNCTION_ARGS)
     PG_RETURN_INT64(edit_id);
 }
 
+Datum
+kne_edit(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, edit_body);
+}
+
 /* ---------------------------------------------------------------- triggers */
 
 static TriggerData *
-row_trigger(FunctionCallInfo fcinfo, bool before)
+row_trigger(FunctionCallInfo fcinfo, bool before, const char *table)
 {
     TriggerData *trig = (TriggerData *) fcinfo->context;
 
     if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_ROW(trig->tg_event) ||
-        !TRIGGER_FIRED_BY_INSERT(trig->tg_event) || (bool) TRIGGER_FIRED_BEFORE(trig->tg_event) != before)
+        !TRIGGER_FIRED_BY_INSERT(trig->tg_event) || (bool) TRIGGER_FIRED_BEFORE(trig->tg_event) != before ||
+        RelationGetNamespace(trig->tg_relation) != get_namespace_oid("kne", true) ||
+        strcmp(RelationGetRelationName(trig->tg_relation), table) != 0)
         ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-                        errmsg("this trigger function is for rows being inserted")));
+                        errmsg("this trigger function is for rows being inserted into kne.%s", table)));
     return trig;
 }
 
@@ -201,10 +210,10 @@ model_of(TriggerData *trig)
  * one is history that a dump brought here, and is taken as it is, whatever this version would say about it
  * today.
  */
-Datum
-kne_request_before(PG_FUNCTION_ARGS)
+static Datum
+request_before_body(PG_FUNCTION_ARGS)
 {
-    TriggerData *trig = row_trigger(fcinfo, true);
+    TriggerData *trig = row_trigger(fcinfo, true, "edit_request");
     Fill fill = {0};
     NameData *by;
 
@@ -230,11 +239,17 @@ kne_request_before(PG_FUNCTION_ARGS)
     return filled(trig, &fill);
 }
 
-/* A pending request of this very database is new (a dump is restored into a database with another origin). */
 Datum
-kne_request_after(PG_FUNCTION_ARGS)
+kne_request_before(PG_FUNCTION_ARGS)
 {
-    TriggerData *trig = row_trigger(fcinfo, false);
+    return kne_as_owner(fcinfo, request_before_body);
+}
+
+/* A pending request of this very database is new (a dump is restored into a database with another origin). */
+static Datum
+request_after_body(PG_FUNCTION_ARGS)
+{
+    TriggerData *trig = row_trigger(fcinfo, false, "edit_request");
     char *state = column_text(trig, "state");
 
     if (strcmp(state, "pending") == 0 && DatumGetObjectId(column(trig, "origin_database")) == MyDatabaseId &&
@@ -247,6 +262,12 @@ kne_request_after(PG_FUNCTION_ARGS)
     return PointerGetDatum(NULL);
 }
 
+Datum
+kne_request_after(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, request_after_body);
+}
+
 /*
  * Facts: what users tell begins now; what an edit made begins when its transaction commits (state.c). A row
  * that comes with its time is history.
@@ -254,7 +275,7 @@ kne_request_after(PG_FUNCTION_ARGS)
 Datum
 kne_fact_before(PG_FUNCTION_ARGS)
 {
-    TriggerData *trig = row_trigger(fcinfo, true);
+    TriggerData *trig = row_trigger(fcinfo, true, "fact");
     Fill fill = {0};
 
     if (column_null(trig, "valid_from"))
@@ -359,8 +380,8 @@ reinstate(const Request *r, int64 reverted)
     return true;
 }
 
-Datum
-kne_revert(PG_FUNCTION_ARGS)
+static Datum
+revert_body(PG_FUNCTION_ARGS)
 {
     static KnePlan end_pair = {
         "UPDATE kne.activation SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL",
@@ -410,10 +431,16 @@ kne_revert(PG_FUNCTION_ARGS)
     PG_RETURN_VOID();
 }
 
+Datum
+kne_revert(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, revert_body);
+}
+
 /* ---------------------------------------------------------------- cancel, retry, adopt */
 
-Datum
-kne_cancel(PG_FUNCTION_ARGS)
+static Datum
+cancel_body(PG_FUNCTION_ARGS)
 {
     static KnePlan cancel = {
         "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
@@ -439,7 +466,13 @@ kne_cancel(PG_FUNCTION_ARGS)
 }
 
 Datum
-kne_retry(PG_FUNCTION_ARGS)
+kne_cancel(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, cancel_body);
+}
+
+static Datum
+retry_body(PG_FUNCTION_ARGS)
 {
     static KnePlan newer = {
         "SELECT edit_id FROM kne.edit_request WHERE model_id = $2 AND subject = $3 AND relation = $4"
@@ -484,7 +517,13 @@ kne_retry(PG_FUNCTION_ARGS)
 }
 
 Datum
-kne_adopt(PG_FUNCTION_ARGS)
+kne_retry(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, retry_body);
+}
+
+static Datum
+adopt_body(PG_FUNCTION_ARGS)
 {
     static KnePlan adopt = {
         "UPDATE kne.edit_request SET origin = $1, origin_database = $2, state = 'pending', not_before = NULL"
@@ -514,6 +553,12 @@ kne_adopt(PG_FUNCTION_ARGS)
     PG_RETURN_INT64((int64) n);
 }
 
+Datum
+kne_adopt(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, adopt_body);
+}
+
 /* ---------------------------------------------------------------- wait */
 
 /* The row as the newest snapshot sees it. */
@@ -521,6 +566,7 @@ typedef struct Look
 {
     char state[16];
     bool ours;    /* the row's version is this transaction's own */
+    bool locked;  /* this transaction has locked the row */
     bool foreign; /* of another origin */
     bool unprotected;
 } Look;
@@ -537,7 +583,7 @@ look_at(int64 edit_id, Look *out)
     static KnePlan look = {
         "SELECT r.state, r.xmin, r.origin <> i.origin OR r.origin_database <> $2,"
         " r.state = 'applied' AND EXISTS (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id"
-        " AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}')"
+        " AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}'), r.xmax"
         " FROM kne.edit_request r LEFT JOIN kne.instance i ON true WHERE r.edit_id = $1",
         2,
         {INT8OID, OIDOID}};
@@ -551,6 +597,7 @@ look_at(int64 edit_id, Look *out)
         no_such_edit(edit_id);
     strlcpy(out->state, kne_spi_text(0, 1, CurrentMemoryContext), sizeof out->state);
     out->ours = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(kne_spi_datum(0, 2, &isnull)));
+    out->locked = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(kne_spi_datum(0, 5, &isnull)));
     out->foreign = kne_spi_bool(0, 3);
     out->unprotected = kne_spi_bool(0, 4);
     kne_spi_finish();
@@ -568,6 +615,11 @@ check_will_run(int64 edit_id, const Look *look)
                         errmsg("cannot wait for edit " INT64_FORMAT " in the transaction that requested it",
                                edit_id),
                         errdetail("An edit runs once its request is committed."),
+                        errhint("COMMIT first, then call kne_wait.")));
+    if (look->locked)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("cannot wait for edit " INT64_FORMAT " in a transaction that has locked it", edit_id),
+                        errdetail("The worker passes by what is locked."),
                         errhint("COMMIT first, then call kne_wait.")));
     kne_require_preload();
     if (RecoveryInProgress())
@@ -604,7 +656,8 @@ deadline(const Interval *timeout)
     double usec = (double) timeout->time + (timeout->day + timeout->month * 30.0) * USECS_PER_DAY;
 
     if (usec < 0)
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("timeout must not be negative")));
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("timeout must not be negative"),
+                        errhint("0 looks once, without waiting.")));
     return usec > 1e16 ? DT_NOEND : GetCurrentTimestamp() + (int64) usec;
 }
 
@@ -623,7 +676,8 @@ kne_wait(PG_FUNCTION_ARGS)
     Look look;
 
     if (PG_ARGISNULL(1))
-        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("timeout must not be null")));
+        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("timeout must not be null"),
+                        errhint("Leave it out for ten minutes.")));
     if (IsolationUsesXactSnapshot())
         ereport(ERROR,
                 (errcode(ERRCODE_INVALID_TRANSACTION_STATE),

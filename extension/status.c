@@ -175,7 +175,9 @@ engine_row(Row *row, const KneShared *shared)
         MemoryContextSwitchTo(caller);
         e = CopyErrorData();
         /* Nothing to roll back after a failed call, but an interrupt is not ours to swallow. */
-        if (e->sqlerrcode == ERRCODE_QUERY_CANCELED || ERRCODE_TO_CATEGORY(e->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION)
+        if (e->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+            ERRCODE_TO_CATEGORY(e->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION ||
+            ERRCODE_TO_CATEGORY(e->sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK) /* a standby's conflict with recovery */
             PG_RE_THROW();
         FlushErrorState();
         set_text(row, NOTE, e->message);

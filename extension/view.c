@@ -156,12 +156,16 @@ key_of(Snapshot s)
 KneView *
 kne_view_for_read(const char *model_name, TimestampTz as_of)
 {
-    Snapshot s = GetActiveSnapshot();
-    SnapshotKey key = key_of(s);
+    Snapshot s;
+    SnapshotKey key;
     MemoryContext old;
     KneModel *model;
     KneView *view;
 
+    if (!ActiveSnapshotSet())
+        elog(ERROR, "a model cannot be read without a snapshot");
+    s = GetActiveSnapshot();
+    key = key_of(s);
     if (s->snapshot_type == SNAPSHOT_MVCC && kept.view && memcmp(&key, &kept.key, sizeof key) == 0 &&
         as_of == kept.as_of && (model_name == NULL) == (kept.model_name == NULL) &&
         (model_name == NULL || strcmp(model_name, kept.model_name) == 0) &&

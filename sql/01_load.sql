@@ -15,6 +15,10 @@ SELECT kne_edit('France', 'capital', 'Lyon');
 -- refused; paths differ from machine to machine, so only the codes are shown
 SELECT kne_load_model(NULL, 'x');
 SELECT kne_load_model('', '/x');
+SELECT kne_load_model(E' \t', '/x');
+SELECT kne_load_model(repeat('x', 201), '/x');
+SELECT kne_load_model('atlas', '/' || repeat('x', 2000));
+SELECT kne_load_model('atlas', '');
 SELECT kne_load_model('atlas', 'models/atlas');
 \set VERBOSITY sqlstate
 SELECT kne_load_model('atlas', :'none');

@@ -59,6 +59,34 @@ SELECT event, by FROM kne.edit_event WHERE edit_id = :id AND event = 'requested'
 SELECT kne_revert(:id);
 DELETE FROM kne.fact WHERE subject = 'Atlantis';
 
+-- who asks is the caller, not the session: in a function that runs with its owner's rights that is the owner
+CREATE FUNCTION as_user(path text) RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE id bigint;
+BEGIN
+    PERFORM kne_load_model('outside', path, false);
+    RETURN 0;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE NOTICE 'not below kne.model_dir';
+    id := kne_edit('Chile', 'capital', 'Rome');
+    INSERT INTO kne.edit_request (subject, relation, object) VALUES ('Chile', 'capital', 'Paris');
+    RETURN id;
+END $$;
+GRANT USAGE ON SCHEMA kne TO regress_kne_user;
+GRANT INSERT (subject, relation, object) ON kne.edit_request TO regress_kne_user;
+ALTER FUNCTION as_user OWNER TO regress_kne_user;
+BEGIN;
+SELECT as_user('/') AS id \gset
+SELECT object, requested_by, by, detail ->> 'current_user' AS role, detail ->> 'session_user' = session_user AS session
+FROM kne.edit_request JOIN kne.edit_event USING (edit_id) WHERE edit_id >= :id ORDER BY edit_id;
+SELECT kne_cancel(:id);
+SELECT by = current_user AS me FROM kne.edit_event WHERE edit_id = :id AND event = 'cancelled';
+-- an error in between leaves no trace of who it was
+DO $$ BEGIN PERFORM kne_edit('', '', ''); EXCEPTION WHEN OTHERS THEN NULL; END $$;
+SELECT kne_edit('Chile', 'capital', 'Rome') AS id \gset
+SELECT requested_by = current_user AS me FROM kne.edit_request WHERE edit_id = :id;
+ROLLBACK;
+DROP FUNCTION as_user;
+
 -- what a caller puts into pg_temp or its search_path changes nothing
 SET ROLE regress_kne_user;
 CREATE TEMP TABLE model (model_id int);

@@ -20,6 +20,11 @@ SELECT kne_edit('Peru', 'capital', 'Rome', options => '{"layer_min": 2, "layer_m
 \set VERBOSITY default
 SELECT kne_edit('Peru', 'capital', 'Rome', options => '{"select": "best"}');
 SELECT kne_edit('Peru', 'capital', 'Rome', options => '{"fraction": 2}');
+-- a long name is shown cut between characters
+\set VERBOSITY terse
+SELECT kne_edit('Peru', 'capital', 'Rome', options => jsonb_build_object('a' || repeat(U&'\00e9', 50), 1));
+SELECT kne_edit('Peru', 'capital', 'Rome', options => jsonb_build_object('path', 'a' || repeat(U&'\00e9', 50)));
+\set VERBOSITY default
 SELECT count(*) FROM kne.edit_request WHERE subject = 'Peru';
 
 -- accepted, kept with the request, and obeyed

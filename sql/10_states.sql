@@ -10,6 +10,12 @@ SELECT kne_wait(:a);
 \set VERBOSITY default
 SELECT object, state, attempts FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
 
+-- what this transaction has locked the worker passes by
+BEGIN;
+SELECT state FROM kne.edit_request WHERE edit_id = :a FOR UPDATE;
+SELECT kne_wait(:a);
+ROLLBACK;
+
 -- cancel: once
 SELECT kne_cancel(:a), kne_cancel(:a);
 SELECT kne_wait(:a);
