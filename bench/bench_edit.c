@@ -7,7 +7,8 @@
  * not change is judged on that third. Prints a Markdown table.
  *
  * bench_edit MODEL FACTS RELATIONS [--edits N] [--batch N] [--mode single|batch|sequence] [--seed S]
- *            [--options JSON] [--threads T] [--random] [--verbose]
+ *            [--options JSON] [--threads T] [--relation NAME] [--object NAME] [--verbose]
+ * --relation, --object: edits of one relation only; one new object for all.
  * FACTS, RELATIONS: tab-separated as models/atlas; or a facts.json and "-".
  */
 #include "kne_edit.h"
@@ -270,7 +271,7 @@ main(int argc, char **argv)
 {
     int         n_edits = 200, batch = 64, verbose = 0, threads = 0;
     uint64_t    seed = 1;
-    const char *mode = "single", *json = "";
+    const char *mode = "single", *json = "", *only = NULL, *same = NULL;
     kne_err     err;
     kne_options opt;
     struct kne_ref_cache *cache;
@@ -292,6 +293,10 @@ main(int argc, char **argv)
             seed = strtoull(argv[++i], NULL, 10);
         else if (i + 1 < argc && !strcmp(argv[i], "--threads"))
             threads = atoi(argv[++i]);
+        else if (i + 1 < argc && !strcmp(argv[i], "--relation"))
+            only = argv[++i];
+        else if (i + 1 < argc && !strcmp(argv[i], "--object"))
+            same = argv[++i];
         else if (i + 1 < argc && !strcmp(argv[i], "--options"))
             json = argv[++i];
         else
@@ -333,7 +338,7 @@ main(int argc, char **argv)
     /* The edits: known facts, objects of other facts of the relation. */
     int *edit = malloc((size_t) n_facts * sizeof *edit), n = 0;
     for (int i = 0; i < n_facts; i++)
-        if (facts[i].known)
+        if (facts[i].known && (!only || !strcmp(only, rels[facts[i].rel].name)))
             edit[n++] = i;
     for (int i = n - 1; i > 0; i--)
     {
@@ -347,6 +352,8 @@ main(int argc, char **argv)
     {
         fact *f = &facts[edit[i]];
 
+        if (same)
+            f->new_object = (char *) same;
         for (int try = 0; try < 1000 && !f->new_object; try++)
         {
             const fact *o = &facts[kne_random_next(&rng) % (uint64_t) n_facts];
