@@ -340,10 +340,12 @@ run_pass(batch *b, bool learn, kne_err *err)
             continue;
         }
 
-        /* gradients of mean(-log P) + beta mean(KL); nothing for an edit that has arrived */
+        /* gradients of mean(-log P) + beta mean(KL); nothing for an edit that has arrived. An edit that circles where
+         * the two balance gets there in the second half of its steps, in which beta fades. */
+        double beta = b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps);
         bool active = e->state == EDIT_ACTIVE;
         for (int32_t k = 0; k < e->n_outs; k++)
-            b->coef[out + k] = !active ? 0 : k < n_obj ? -1.0f / (float) n_obj : (float) b->opt.beta / (float) n_anchor;
+            b->coef[out + k] = !active ? 0 : k < n_obj ? -1.0f / (float) n_obj : (float) beta / (float) n_anchor;
         be->logprob(be->ctx, b->logp + out, NULL, w->dlogits + (size_t) out * (size_t) V,
                     w->logits + (size_t) out * (size_t) V, b->pack.target + out, b->coef + out, n_obj, V);
         out += n_obj;
@@ -355,7 +357,7 @@ run_pass(batch *b, bool learn, kne_err *err)
             be->kl(be->ctx, b->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
                    e->anchor_logp[a], b->coef + out, s, V);
             for (int32_t k = 0; k < s; k++)
-                loss += b->opt.beta * b->kl[out + k] / n_anchor;
+                loss += beta * b->kl[out + k] / n_anchor;
             out += s;
         }
         e->loss = loss;
