@@ -21,7 +21,8 @@ CREATE TABLE wanted AS
           ORDER BY f.subject, md5(f.relation || f.subject)) w;
 SQL
 # warm: the engine is up, the references of the known facts are there
-sql -o /dev/null -c "SELECT kne_wait(kne_edit(subject, relation, object)) FROM wanted WHERE n = 2 * $n + 1" || true
+sql -o /dev/null -c "SELECT kne_edit(subject, relation, object) FROM wanted WHERE n = 2 * $n + 1" \
+    -c "SELECT kne_wait(edit_id) FROM kne.edit_request"
 
 printf '\n## Through SQL: %s edits of atlas\n\n' "$n"
 echo "| | edits/s | applied | failed | attribution s an edit | optimisation s an edit | rest s an edit | rows an edit | KiB an edit |"
