@@ -243,7 +243,10 @@ progress(void *arg, kne_rbuf *body)
     LWLockRelease(&kne_shared->lock);
 }
 
-/* A commit may have cancelled edits of the batch: look, and tell the engine. False: it cannot be told yet. */
+/*
+ * A commit may have cancelled edits of the batch: look, and tell the engine. False: it cannot be told yet. When none is left
+ * that anybody waits for, hang up: then the engine stops at once, whatever it is at, and not only between two steps of an edit.
+ */
 static bool
 look_for_cancelled(KneBatch *batch)
 {
@@ -263,6 +266,8 @@ look_for_cancelled(KneBatch *batch)
     for (i = 0; i < n; i++)
         gone[i] = kne_sql_int8(i, 1);
     kne_commit();
+    if (n == batch->n)
+        ereport(ERROR, (errcode(ERRCODE_QUERY_CANCELED), errmsg("every edit of the batch was cancelled")));
     for (i = 0; i < n; i++)
     {
         int k;
@@ -384,7 +389,7 @@ judge(KneBatch *batch, const ErrorData *e)
             slot_note(error);
             break;
 
-        case ERRCODE_QUERY_CANCELED: /* kne.enabled, or somebody's pg_cancel_backend */
+        case ERRCODE_QUERY_CANCELED: /* kne.enabled, all were cancelled, or somebody's pg_cancel_backend */
             every_job(batch, KNE_REQUEUE, NULL, kne_enabled ? 1 : 0);
             break;
 

@@ -42,6 +42,18 @@ ok(kne_wait_state($node, $other, 'applied'), 'the worker goes on');
 is(kne_state($node, $id), 'cancelled:0:0', 'the cancelled edit stays cancelled');
 is($node->safe_psql('postgres', "SELECT count(*) FROM kne.solution WHERE edit_id = $id"), 0, 'with no rows');
 
+# one whose attribution would take an hour: cancelled, it holds nobody up
+$id = $node->safe_psql('postgres', "SELECT kne_edit('Spain', 'capital', 'Seville', options =>"
+	. " '{\"points\": 64, \"path\": \"layer\", \"reference\": 4096, \"contrast\": 0.1}')");
+ok(kne_wait_state($node, $id, 'running'), 'a long edit runs');
+ok($node->poll_query_until('postgres', "SELECT phase = 'attribute' AND step > 0 FROM kne.stat_progress"), 'and says how far it is');
+$start = time();
+$node->safe_psql('postgres', "SELECT kne_cancel($id)");
+$other = kne_edit($node, 'Germany', 'Munich');
+ok(kne_wait_state($node, $other, 'applied'), 'the next edit is done');
+cmp_ok(time() - $start, '<', 20, 'soon after the long one was cancelled');
+is(kne_state($node, $id), 'cancelled:0:0', 'which is cancelled');
+
 # kne.enabled switched off while it runs
 ($id, $engine) = kne_running($node, 'Spain', 'Malaga');
 $worker = kne_pid($node, 'worker');
