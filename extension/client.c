@@ -9,6 +9,9 @@
  * answer is awaited therefore closes it (and the engine stops the work, for a client that hangs up cancels all
  * it asked for); an ERROR frame is an answer like any other and leaves it open.
  *
+ * The engine is a cache, so its death costs a reader nothing but the wait for the next one: what it asked is asked again,
+ * once.
+ *
  * The socket never blocks: every wait is on latch and socket together, so that an interrupt is answered at once.
  */
 #include "postgres.h"
@@ -469,7 +472,8 @@ connection_is_dead(void)
     return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
 }
 
-static void
+/* One request and its answer. False: the engine died meanwhile. */
+static bool
 exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, KneReply *reply)
 {
     uint16 got;
@@ -487,12 +491,12 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
     if (!send_frame(type, mine, body))
     {
         if (!reused)
-            engine_died();
+            return false;
         drop_connection();
         connect_to_engine();
         mine = ++last_id;
         if (!send_frame(type, mine, body))
-            engine_died();
+            return false;
     }
     current = mine;
     if (patience > 0)
@@ -500,7 +504,7 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
     for (;;)
     {
         if (!receive_frame(&got, &id, reply))
-            engine_died();
+            return false;
         if (id == mine && got == KNE_MSG_PROGRESS)
         {
             if (progress)
@@ -525,11 +529,22 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
         ereport(ERROR,
                 (errcode(ERRCODE_PROTOCOL_VIOLATION),
                  errmsg("the kne engine sent an answer of unknown type %d", got)));
+    return true;
+}
+
+/* What can be asked again of the next engine, as if nothing had been: it changes nothing, and is no long work of the worker. */
+static bool
+is_repeatable(uint16 type)
+{
+    return (type >= KNE_MSG_COMPLETE && type <= KNE_MSG_DETOKENIZE) || type == KNE_MSG_LOCATE ||
+        type == KNE_MSG_SET_PUT || type == KNE_MSG_DELTA_PUT;
 }
 
 void
 kne_call(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, KneReply *reply)
 {
+    bool done = false;
+
     kne_require_preload();
     if (body && body->bad)
         ereport(ERROR,
@@ -537,7 +552,15 @@ kne_call(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
                  errmsg("a message to the kne engine would be over %u bytes", KNE_FRAME_MAX)));
     PG_TRY();
     {
-        exchange(type, body, progress, arg, reply);
+        done = exchange(type, body, progress, arg, reply);
+        if (!done && is_repeatable(type))
+        {
+            /* Once: what has killed two engines may be this very request. */
+            drop_connection();
+            done = exchange(type, body, progress, arg, reply);
+        }
+        if (!done)
+            engine_died();
     }
     PG_CATCH();
     {

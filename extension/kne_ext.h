@@ -99,7 +99,7 @@ typedef void (*KneProgress) (void *arg, kne_rbuf *body);
  * use and after the engine's restart. Interruptible at any time: on cancel or error in the wait the
  * connection is dropped, so a late answer can be no other request's. Waits up to a few seconds for
  * an engine that is just starting. ERROR 55000 with a hint when kne is not preloaded or no engine runs,
- * 57P01-class KNE "engine died" as ERRCODE_CONNECTION_FAILURE (08006) when it dies during the call.
+ * "engine died" as ERRCODE_CONNECTION_FAILURE (08006) when it dies during an EDIT or an INSPECT, or twice during a read.
  */
 extern void kne_call(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, KneReply *reply);
 extern void kne_wbuf_init(kne_wbuf *w); /* palloc'ed in the current context; out of memory is an ERROR */

@@ -35,7 +35,17 @@ is($session->query_safe("SELECT kne_knows('France', 'capital', 'Lyon')"), 't',
 is($session->query_safe('SELECT pg_backend_pid()'), $backend, 'it is the same session');
 like(slurp_file($node->logfile), qr/kne engine \(process $engine\) died: killed by signal 9/, 'the log says what happened');
 
-# a batch, alone at last
+# a read in flight is asked again of the next engine
+$engine = kne_pid($node, 'engine');
+kill 'STOP', $engine;
+$session->query_until(qr/asked/, "\\echo asked\nSELECT kne_knows('France', 'capital', 'Lyon') AS answer \\gset\n");
+ok($node->poll_query_until('postgres', "SELECT state = 'active' FROM pg_stat_activity WHERE pid = $backend"), 'a read waits');
+kill 'KILL', $engine;
+is($session->query_safe('\echo :answer'), 't', 'the engine is killed, the read has its answer');
+
+# a batch, alone at last; again a first edit makes the worker connect
+$id = kne_edit($node, 'Germany', 'Kiel');
+ok(kne_wait_state($node, $id, 'applied'), 'an edit by the next engine');
 $engine = kne_pid($node, 'engine');
 kill 'STOP', $engine;
 $node->safe_psql('postgres', q{INSERT INTO kne.edit_request (subject, relation, object, options)
