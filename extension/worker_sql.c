@@ -39,6 +39,8 @@ void
 kne_worker_settings(void)
 {
     static const char *const fixed[][2] = {
+        {"role", "none"},
+        {"exit_on_error", "off"},
         {"search_path", "pg_catalog, pg_temp"},
         {"lock_timeout", "100ms"},
         {"statement_timeout", "0"},

@@ -34,6 +34,18 @@ $node->append_conf('postgresql.conf', 'max_worker_processes = 8');
 $node->restart;
 ok(kne_wait_state($node, $id, 'applied'), 'until there is one');
 
+# what a database sets for people does not decide how the worker works
+$node->safe_psql('postgres', 'CREATE ROLE weak');
+$node->safe_psql('postgres', "SET ROLE NONE; ALTER DATABASE postgres SET $_")
+  for ('role = weak', 'search_path = nowhere', "default_transaction_isolation = 'serializable'", 'exit_on_error = on',
+	'session_replication_role = replica');
+$node->restart; # so that no worker is there from before
+my $free = "SET ROLE NONE; SET search_path = public; SET session_replication_role = origin;";
+$id = $node->safe_psql('postgres', "$free SELECT kne_edit('Italy', 'capital', 'Lyon', options => '" . quick() . "')");
+ok(wait_for(sub { $node->safe_psql('postgres', "$free SELECT state FROM kne.edit_request WHERE edit_id = $id") eq 'applied' }),
+	'an edit is applied whatever ALTER DATABASE sets');
+$node->safe_psql('postgres', 'SET ROLE NONE; ALTER DATABASE postgres RESET ALL');
+
 # a model whose folder is gone: its edits wait and say why
 my $dir = $node->basedir . '/model';
 my $model = $node->safe_psql('postgres', "SELECT path FROM kne.model WHERE name = 'm'");
