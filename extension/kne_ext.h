@@ -105,6 +105,8 @@ extern void kne_call(uint16 type, const kne_wbuf *body, KneProgress progress, vo
 extern void kne_wbuf_init(kne_wbuf *w); /* palloc'ed in the current context; out of memory is an ERROR */
 extern void kne_get_text(kne_rbuf *r, StringInfo out); /* append a str; ERROR when bad */
 extern void kne_reply_done(const KneReply *reply); /* ERROR 08P01 unless the whole body was read and well-formed */
+/* Text from outside that a message is to show: what is not valid in this database's encoding becomes '?'. In place. */
+extern char *kne_safe_text(char *s);
 /* SQLSTATE of a kne_status, the one place that maps them. */
 extern int  kne_sqlstate(uint32 status);
 

@@ -78,9 +78,6 @@ extern int  kne_engine_connect(void);
 /* Append a whole HELLO frame. */
 extern void kne_put_hello(kne_wbuf *w, uint32 id);
 
-/* Text from outside that a message is to show: what is not valid in this database's encoding becomes '?'. In place. */
-extern char *kne_safe_text(char *s);
-
 /* ---- worker_sql.c: the worker's transactions and statements ---- */
 extern void kne_worker_settings(void);
 /* A short transaction as the extension's owner, SPI connected, snapshot set. Allocations go on in the caller's context. */

@@ -93,7 +93,22 @@ kne_model_by_id(int32 model_id)
     return m;
 }
 
+/* Loads and drops come one after the other, so that the one default is told and not found out by its index. */
+static KnePlan one_at_a_time = {"LOCK TABLE kne.model IN SHARE ROW EXCLUSIVE MODE"};
+
 /* ---------------------------------------------------------------- load */
+
+/* ERROR when there is a model of that name. SPI connected. */
+static void
+check_new(const char *name)
+{
+    static KnePlan exists = {"SELECT 1 FROM kne.model WHERE name = $1", 1, {TEXTOID}};
+    Datum value = CStringGetTextDatum(name);
+
+    if (kne_spi(&exists, KNE_WRITE, &value, NULL) > 0)
+        ereport(ERROR, (errcode(ERRCODE_DUPLICATE_OBJECT), errmsg("model \"%s\" already exists", name),
+                        errhint("Take another name, or drop it first with kne_drop_model.")));
+}
 
 /* Is path dir itself or below it? Both canonical. */
 static bool
@@ -173,7 +188,6 @@ resolve(const char *path)
 static Datum
 load_model_body(PG_FUNCTION_ARGS)
 {
-    static KnePlan exists = {"SELECT 1 FROM kne.model WHERE name = $1", 1, {TEXTOID}};
     static KnePlan undefault = {"UPDATE kne.model SET is_default = false WHERE is_default"};
     static KnePlan insert = {
         "INSERT INTO kne.model (name, path, architecture, n_layers, d_model, d_ff, vocab_size, n_ctx, gated,"
@@ -205,10 +219,7 @@ load_model_body(PG_FUNCTION_ARGS)
                         errdetail("It has %zu bytes; at most %d are allowed.", strlen(name), MAX_NAME_BYTES)));
 
     kne_spi_connect();
-    values[0] = CStringGetTextDatum(name);
-    if (kne_spi(&exists, KNE_WRITE, values, NULL) > 0)
-        ereport(ERROR, (errcode(ERRCODE_DUPLICATE_OBJECT), errmsg("model \"%s\" already exists", name),
-                        errhint("Take another name, or drop it first with kne_drop_model.")));
+    check_new(name);
     kne_spi_finish();
 
     path = resolve(path);
@@ -228,12 +239,15 @@ load_model_body(PG_FUNCTION_ARGS)
 
     for (int i = 0; i < 3; i++)
         strings[i] = CStringGetTextDatum(part[i].data);
+    values[0] = CStringGetTextDatum(name);
     values[1] = CStringGetTextDatum(path);
     values[2] = PointerGetDatum(construct_array(strings, 3, TEXTOID, -1, false, TYPALIGN_INT));
     values[3] = PointerGetDatum(construct_array(numbers, 5, INT4OID, sizeof(int32), true, TYPALIGN_INT));
     values[4] = BoolGetDatum(gated);
     values[5] = BoolGetDatum(is_default);
     kne_spi_connect();
+    kne_spi(&one_at_a_time, KNE_WRITE, NULL, NULL);
+    check_new(name); /* again: the look at the folder took its time */
     if (is_default)
         kne_spi(&undefault, KNE_WRITE, NULL, NULL);
     kne_spi(&insert, KNE_WRITE, values, NULL);
@@ -280,6 +294,7 @@ kne_drop_model(PG_FUNCTION_ARGS)
     force = PG_GETARG_BOOL(1);
 
     kne_spi_connect();
+    kne_spi(&one_at_a_time, KNE_WRITE, NULL, NULL);
     value = CStringGetTextDatum(name);
     if (kne_spi(&find, KNE_WRITE, &value, NULL) == 0)
         ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("model \"%s\" does not exist", name),

@@ -645,7 +645,7 @@ check_will_run(int64 edit_id, const Look *look)
     if (refused)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("no edit runs: the engine does not start"),
-                        errdetail("%s", note[0] ? note : "See the server's log."),
+                        errdetail("%s", note[0] ? kne_safe_text(note) : "See the server's log."),
                         errhint("Correct the settings kne.* and reload the configuration.")));
 }
 

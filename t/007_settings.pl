@@ -34,6 +34,19 @@ $node->append_conf('postgresql.conf', 'max_worker_processes = 8');
 $node->restart;
 ok(kne_wait_state($node, $id, 'applied'), 'until there is one');
 
+# two that load a model at once: one after the other, and the later one is the default
+my @both = map { $node->background_psql('postgres') } 1, 2;
+my $folder = $node->safe_psql('postgres', "SELECT path FROM kne.model WHERE name = 'm'");
+$both[0]->query_safe("BEGIN; SELECT kne_load_model('first', '$folder')");
+$both[1]->query_until(qr/asked/, "\\echo asked\nSELECT kne_load_model('second', '$folder');\n");
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND relation = 'kne.model'::regclass"),
+	'a second load waits for the first');
+$both[0]->query_safe('COMMIT');
+$both[1]->query_safe('SELECT 1');
+is($node->safe_psql('postgres', 'SELECT name, is_default FROM kne.model ORDER BY name'), "first|f\nm|f\nsecond|t", 'both are there');
+$_->quit for @both;
+$node->safe_psql('postgres', "SELECT kne_drop_model('first'), kne_drop_model('second'); UPDATE kne.model SET is_default = true");
+
 # what a database sets for people does not decide how the worker works
 $node->safe_psql('postgres', 'CREATE ROLE weak');
 $node->safe_psql('postgres', "SET ROLE NONE; ALTER DATABASE postgres SET $_")
