@@ -64,6 +64,8 @@ extern void kne_event_user(int64 edit_id, const char *event, const char *key, co
 extern void kne_check_text(const char *what, const char *value);
 /* Defaults, then the options of an object; ERROR for what the table does not allow. NULL: the defaults. */
 extern void kne_options_from_jsonb(Jsonb *j, kne_options *out);
+/* ERROR unless the model has the layers that the options name. */
+extern void kne_check_layers(const kne_options *options, const KneModel *model);
 extern void kne_options_from_text(const char *json, kne_options *out);
 
 /* Text in the server's encoding, sent as UTF-8. */

@@ -319,3 +319,15 @@ kne_drop_model(PG_FUNCTION_ARGS)
         kne_wake_at_commit(); /* it may be at work on one of them */
     PG_RETURN_VOID();
 }
+
+void
+kne_check_layers(const kne_options *options, const KneModel *model)
+{
+    int low = options->layer_min, high = options->layer_max;
+
+    if (low >= model->n_layers || high >= model->n_layers)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+                        errmsg("layer %d is not in model \"%s\"", Max(low, high), model->name),
+                        errdetail("It has layers 0 to %d.", model->n_layers - 1),
+                        errhint("Set \"layer_min\" and \"layer_max\" within them.")));
+}

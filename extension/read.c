@@ -332,15 +332,16 @@ kne_locate(PG_FUNCTION_ARGS)
     kne_check_text("subject", edit.subject);
     kne_check_text("relation", edit.relation);
     kne_check_text("object", edit.object);
+    kne_options_from_jsonb(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), &options);
     if (!PG_ARGISNULL(4))
     {
         Jsonb *j = PG_GETARG_JSONB_P(4);
 
-        kne_options_from_jsonb(j, &options);
         options_json = JsonbToCString(NULL, &j->root, VARSIZE(j));
     }
     kne_require_preload();
     model = kne_model_by_name(text_arg(fcinfo, 3));
+    kne_check_layers(&options, model);
 
     kne_spi_connect();
     key[0] = Int32GetDatum(model->model_id);

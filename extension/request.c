@@ -97,6 +97,7 @@ edit_body(PG_FUNCTION_ARGS)
                              {INT4OID, TEXTOID, TEXTOID, TEXTOID, JSONBOID}};
     Datum values[5];
     kne_options options;
+    KneModel *model;
     int64 edit_id;
 
     /*
@@ -106,11 +107,11 @@ edit_body(PG_FUNCTION_ARGS)
     check_fact(PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0)),
                PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)),
                PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2)));
-    if (!PG_ARGISNULL(4))
-        kne_options_from_jsonb(PG_GETARG_JSONB_P(4), &options);
+    kne_options_from_jsonb(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), &options);
     kne_require_preload();
-    values[0] = Int32GetDatum(
-        kne_model_by_name(PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)))->model_id);
+    model = kne_model_by_name(PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)));
+    kne_check_layers(&options, model);
+    values[0] = Int32GetDatum(model->model_id);
     for (int i = 0; i < 3; i++)
         values[1 + i] = PG_GETARG_DATUM(i);
     values[4] = PG_ARGISNULL(4) ? (Datum) 0 : PG_GETARG_DATUM(4);
@@ -197,12 +198,11 @@ filled(TriggerData *trig, Fill *f)
 }
 
 /* The model that a row names by id, or the default. ERROR when there is none. */
-static Datum
+static KneModel *
 model_of(TriggerData *trig)
 {
-    return Int32GetDatum(column_null(trig, "model_id")
-                             ? kne_model_by_name(NULL)->model_id
-                             : kne_model_by_id(DatumGetInt32(column(trig, "model_id")))->model_id);
+    return column_null(trig, "model_id") ? kne_model_by_name(NULL)
+                                         : kne_model_by_id(DatumGetInt32(column(trig, "model_id")));
 }
 
 /*
@@ -220,16 +220,18 @@ request_before_body(PG_FUNCTION_ARGS)
     if (column_null(trig, "origin"))
     {
         kne_options options;
+        KneModel *model;
         char *state = column_text(trig, "state");
 
         check_fact(column_text(trig, "subject"), column_text(trig, "relation"), column_text(trig, "object"));
-        if (!column_null(trig, "options"))
-            kne_options_from_jsonb(DatumGetJsonbP(column(trig, "options")), &options);
+        kne_options_from_jsonb(column_null(trig, "options") ? NULL : DatumGetJsonbP(column(trig, "options")), &options);
         if (state && strcmp(state, "pending") != 0)
             ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
                             errmsg("a new request must be pending, not %s", state)));
         kne_require_preload();
-        fill_null(trig, &fill, "model_id", model_of(trig));
+        model = model_of(trig);
+        kne_check_layers(&options, model);
+        fill_null(trig, &fill, "model_id", Int32GetDatum(model->model_id));
     }
     by = palloc0(sizeof *by);
     namestrcpy(by, kne_caller());
@@ -281,7 +283,7 @@ kne_fact_before(PG_FUNCTION_ARGS)
     if (column_null(trig, "valid_from"))
     {
         check_fact(column_text(trig, "subject"), column_text(trig, "relation"), column_text(trig, "object"));
-        fill_null(trig, &fill, "model_id", model_of(trig));
+        fill_null(trig, &fill, "model_id", Int32GetDatum(model_of(trig)->model_id));
         fill_null(trig, &fill, "valid_from",
                   TimestampTzGetDatum(column_null(trig, "edit_id") ? GetCurrentTimestamp() : DT_NOEND));
     }
