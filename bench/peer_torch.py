@@ -107,12 +107,13 @@ class Peer:
             reference = self.logp(facts)[n_target:]
         optimiser = torch.optim.Adam(self.weights, lr=o["lr"])
         losses = []
-        for _ in range(o["max_steps"] + 1):
+        for step in range(o["max_steps"] + 1):
             self.model.zero_grad()
             logp = self.logp(facts)
             loss = -logp[:n_target].gather(1, facts[3][:n_target, None]).mean()
             if len(anchors):
-                loss = loss + (reference.exp() * (reference - logp[n_target:])).sum(1).mean()
+                beta = o["beta"] * min(1.0, 2 - 2 * step / o["max_steps"])  # fades in the second half
+                loss = loss + beta * (reference.exp() * (reference - logp[n_target:])).sum(1).mean()
             losses.append(loss.item())
             if len(losses) > o["max_steps"]:
                 break
