@@ -257,7 +257,7 @@ layout(batch *b)
     b->kl = kne_arena_take(&b->run, (size_t) outs, sizeof *b->kl);
     b->best = kne_arena_take(&b->run, (size_t) outs, sizeof *b->best);
     b->gathered = kne_arena_take(&b->run, (size_t) rows * (size_t) widest, sizeof *b->gathered);
-    b->column = kne_arena_take(&b->run, (size_t) widest, sizeof *b->column);
+    b->column = kne_arena_take(&b->run, (size_t) widest * KNE_METRIC_COLUMNS, sizeof *b->column);
 }
 
 /* ---- passes ---- */

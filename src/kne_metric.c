@@ -66,7 +66,7 @@ kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_
 
             for (int32_t k = 0; k < j; k++)
                 sum -= ci[k] * cj[k];
-            ci[j] = sum / cj[j];
+            ci[j] = cj[i] = sum / cj[j]; /* and its transpose above the diagonal, for the solver */
         }
     }
 }
@@ -74,24 +74,36 @@ kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_
 void
 kne_metric_solve(const double *chol, int32_t n, const float *g, float *x, int32_t d, double *scratch)
 {
-    for (int32_t c = 0; c < d; c++)
+    for (int32_t c0 = 0; c0 < d; c0 += KNE_METRIC_COLUMNS)
     {
+        const int32_t m = d - c0 < KNE_METRIC_COLUMNS ? d - c0 : KNE_METRIC_COLUMNS;
+
         for (int32_t i = 0; i < n; i++)
         {
-            double sum = g[(size_t) i * d + c];
+            const double *l = chol + (size_t) i * n;
+            double        sum[KNE_METRIC_COLUMNS] = {0};
 
+            for (int32_t c = 0; c < m; c++)
+                sum[c] = g[(size_t) i * d + c0 + c];
             for (int32_t k = 0; k < i; k++)
-                sum -= chol[(size_t) i * n + k] * scratch[k];
-            scratch[i] = sum / chol[(size_t) i * n + i];
+                for (int32_t c = 0; c < KNE_METRIC_COLUMNS; c++)
+                    sum[c] -= l[k] * scratch[(size_t) k * KNE_METRIC_COLUMNS + c];
+            for (int32_t c = 0; c < KNE_METRIC_COLUMNS; c++)
+                scratch[(size_t) i * KNE_METRIC_COLUMNS + c] = sum[c] / l[i];
         }
         for (int32_t i = n - 1; i >= 0; i--)
         {
-            double sum = scratch[i];
+            const double *l = chol + (size_t) i * n; /* above the diagonal: the transpose */
+            double        sum[KNE_METRIC_COLUMNS];
 
+            memcpy(sum, scratch + (size_t) i * KNE_METRIC_COLUMNS, sizeof sum);
             for (int32_t k = i + 1; k < n; k++)
-                sum -= chol[(size_t) k * n + i] * scratch[k];
-            scratch[i] = sum / chol[(size_t) i * n + i];
-            x[(size_t) i * d + c] = (float) scratch[i];
+                for (int32_t c = 0; c < KNE_METRIC_COLUMNS; c++)
+                    sum[c] -= l[k] * scratch[(size_t) k * KNE_METRIC_COLUMNS + c];
+            for (int32_t c = 0; c < KNE_METRIC_COLUMNS; c++)
+                scratch[(size_t) i * KNE_METRIC_COLUMNS + c] = sum[c] / l[i];
+            for (int32_t c = 0; c < m; c++)
+                x[(size_t) i * d + c0 + c] = (float) scratch[(size_t) i * KNE_METRIC_COLUMNS + c];
         }
     }
 }

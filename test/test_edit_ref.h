@@ -330,7 +330,7 @@ test_metric(void)
 {
     enum { MAX = 37, D = 6 };
     static ref_facts r;
-    static double    m[MAX * MAX], chol[MAX * MAX], want[MAX * D], scratch[MAX];
+    static double    m[MAX * MAX], chol[MAX * MAX], want[MAX * D], scratch[MAX * KNE_METRIC_COLUMNS];
     static float     g[MAX * D], x[MAX * D];
     kne_err          err;
     uint64_t         seed = 1;
