@@ -8,6 +8,19 @@ SET client_min_messages = warning;
 CREATE EXTENSION kne;
 RESET client_min_messages;
 
+-- for what comes about in another process: wait until it has, however slow the machine
+CREATE FUNCTION wait_until(condition text) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    it_is boolean := false;
+BEGIN
+    FOR i IN 1 .. 3000 LOOP
+        EXECUTE 'SELECT ' || condition INTO it_is;
+        EXIT WHEN it_is;
+        PERFORM pg_sleep(0.1), pg_stat_clear_snapshot();
+    END LOOP;
+    RETURN it_is;
+END $$;
+
 -- nothing loaded yet
 SELECT kne_complete('The capital of France is');
 SELECT kne_edit('France', 'capital', 'Lyon');

@@ -63,4 +63,4 @@ BEGIN;
 SELECT kne_edit('Spain', 'capital', 'Rome') IS NOT NULL AS queued;
 ROLLBACK;
 SELECT count(*) FROM kne.edit_request WHERE subject = 'Spain';
-SELECT count(*) FROM kne.stat_progress;
+SELECT wait_until('NOT EXISTS (SELECT FROM kne.stat_progress)') AS at_rest;

@@ -1,7 +1,8 @@
 -- Cancel, retry, adopt, and waiting when nothing runs. The queue is stopped for that.
 ALTER SYSTEM SET kne.enabled = off;
 SELECT pg_reload_conf();
-SELECT pg_sleep(1);
+SELECT wait_until($$NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'kne worker')$$) AS workers_left;
+\c -
 SHOW kne.enabled;
 SELECT kne_edit('Canada', 'capital', 'Rome') AS a \gset
 INSERT INTO kne.edit_request (subject, relation, object) VALUES ('Canada', 'capital', 'Paris'), ('Canada', 'currency', 'euro');
@@ -51,7 +52,8 @@ DELETE FROM kne.edit_request WHERE edit_id = 2000000;
 -- on again: what waited runs, the newer of the two Canadas wins
 ALTER SYSTEM RESET kne.enabled;
 SELECT pg_reload_conf();
-SELECT pg_sleep(1);
+\c -
+SHOW kne.enabled;
 SELECT relation, object, kne_wait(edit_id) IN ('applied', 'superseded') AS done FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
 SELECT relation, object, state FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
 SELECT kne_knows('Canada', 'capital', 'Paris'), kne_knows('Canada', 'currency', 'euro');
@@ -69,7 +71,8 @@ SELECT count(kne_revert(edit_id)) > 0 AS reverted FROM kne.edit_request WHERE su
 -- a timeout says how far it was
 ALTER SYSTEM SET kne.batch_size = 1;
 SELECT pg_reload_conf();
-INSERT INTO kne.edit_request (subject, relation, object) SELECT s, 'capital', 'Rome' FROM unnest('{Nigeria,Argentina,India}'::text[]) s;
+INSERT INTO kne.edit_request (subject, relation, object, options)
+SELECT s, 'capital', 'Rome', '{"max_steps": 10000, "lr": 1e-9}' FROM unnest('{Nigeria,Argentina,India}'::text[]) s;
 SELECT max(edit_id) AS last FROM kne.edit_request \gset
 \set VERBOSITY sqlstate
 SELECT kne_wait(:last, '1 millisecond');

@@ -12,9 +12,7 @@ my $node = kne_cluster('restart');
 kne_prepare($node);
 
 # pending
-$node->safe_psql('postgres', 'ALTER SYSTEM SET kne.enabled = off');
-$node->reload;
-ok($node->poll_query_until('postgres', "SELECT current_setting('kne.enabled') = 'off'"), 'kne.enabled is off');
+kne_enable($node, 0);
 my $id = kne_edit($node, 'France', 'Lyon');
 sleep 1;
 is(kne_state($node, $id), 'pending:0:0', 'an edit waits while kne.enabled is off');
@@ -38,9 +36,9 @@ is(kne_state($node, $id), 'applied:0:1', 'uncharged');
 # running, immediate
 ($id, $engine) = kne_running($node, 'Spain', 'Seville');
 $node->stop('immediate');
-ok(wait_gone($engine, 5), 'an immediate stop leaves no engine');
-ok(wait_for(sub { !-e kne_socket($node) }, 5), 'and no socket');
-$node->start;
+ok(wait_gone($engine), 'an immediate stop leaves no engine');
+ok(wait_for(sub { !-e kne_socket($node) }), 'and no socket');
+kne_start($node);
 ok(kne_wait_state($node, $id, 'applied'), 'a running edit is done after an immediate stop and a start');
 is(kne_state($node, $id), 'applied:0:1', 'uncharged too');
 
@@ -48,8 +46,8 @@ is(kne_state($node, $id), 'applied:0:1', 'uncharged too');
 ($id, $engine) = kne_running($node, 'France', 'Nice');
 my $launcher = kne_pid($node, 'launcher');
 $node->kill9;
-ok(wait_gone($launcher, 10) && wait_gone($engine, 5), 'no engine outlives a killed postmaster');
-$node->start;
+ok(wait_gone($launcher) && wait_gone($engine), 'no engine outlives a killed postmaster');
+kne_start($node);
 ok(kne_wait_state($node, $id, 'applied'), 'and the edit is done after the next start');
 is($node->safe_psql('postgres', "SELECT kne_knows('France', 'capital', 'Nice')"), 't', 'the model answers it');
 

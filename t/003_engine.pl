@@ -51,6 +51,7 @@ kill 'STOP', $engine;
 $node->safe_psql('postgres', q{INSERT INTO kne.edit_request (subject, relation, object, options)
 	SELECT s, 'capital', 'Lyon', '} . quick() . q{' FROM unnest('{Italy,Spain,Germany}'::text[]) s});
 ok($node->poll_query_until('postgres', "SELECT count(*) = 3 FROM kne.edit_request WHERE state = 'running'"), 'three run together');
+ok(kne_waiting($node), 'in the engine');
 kill 'KILL', $engine;
 ok($node->poll_query_until('postgres', "SELECT count(*) = 3 FROM kne.edit_request WHERE edit_id > $id AND state = 'applied'"),
 	'a batch is done after its engine was killed');

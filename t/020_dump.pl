@@ -21,9 +21,7 @@ for my $object ('Rome', 'Madrid')
 my $gone = kne_edit($node, 'Italy', 'Paris');
 $node->safe_psql('postgres', "SELECT kne_wait($gone)");
 $node->safe_psql('postgres', "SELECT kne_revert($gone)");
-$node->safe_psql('postgres', 'ALTER SYSTEM SET kne.enabled = off');
-$node->reload;
-wait_for(sub { $node->safe_psql('postgres', 'SHOW kne.enabled') eq 'off' });
+kne_enable($node, 0);
 my $pending = kne_edit($node, 'Spain', 'Paris');
 
 # everything but where a request comes from
@@ -51,8 +49,7 @@ $node->safe_psql('restored', "SELECT kne_revert(edit_id) FROM kne.edit_request W
 is($node->safe_psql('restored', "SELECT object FROM kne.edit_request WHERE subject = 'France' AND state = 'applied'"), 'Rome', 'reinstated');
 is($node->safe_psql('restored', "SELECT kne_knows('France', 'capital', 'Rome')"), 't', 'and so the model says');
 
-$node->safe_psql('postgres', 'ALTER SYSTEM RESET kne.enabled');
-$node->reload;
+kne_enable($node, 1);
 is($node->safe_psql('postgres', "SELECT kne_wait($pending)"), 'applied', 'the request runs where it was made');
 for my $db ('restored', 'copied')
 {

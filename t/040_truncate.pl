@@ -42,7 +42,7 @@ ok(kne_wait_state($node, $id, 'running'), 'an edit of it runs');
 sleep 1;
 truncate($file, 4096) or die "cannot truncate: $!";
 ok(wait_gone($engine), 'truncated under its map, the file ends the engine');
-like(slurp_file($node->logfile), qr/kne engine \(process $engine\) died: exited with code 4/, 'the log says so');
+ok(wait_for(sub { return slurp_file($node->logfile) =~ /kne engine \(process $engine\) died: exited with code 4/; }), 'the log says so');
 like(slurp_file($node->logfile), qr/truncated/, 'and why');
 
 is($session->query_safe("SELECT kne_knows('France', 'capital', 'Paris')"), 't', 'the next engine serves the other model');

@@ -2,6 +2,8 @@
 #
 # An edit of a small model takes no time to speak of. To do something to a server while an edit runs, the engine is stopped
 # (SIGSTOP) before the request, and goes on (SIGCONT) afterwards.
+#
+# A machine may be slow: nothing here measures time, and what is waited for has minutes.
 package KneTest;
 
 use strict;
@@ -14,7 +16,8 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(kne_cluster kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_running kne_socket alive wait_gone wait_for quick);
+our @EXPORT = qw(kne_cluster kne_start kne_enable kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_waiting kne_running kne_socket alive
+	wait_gone wait_for quick);
 
 my $model = $ENV{KNE_TEST_MODEL} // abs_path("$FindBin::RealBin/../models/atlas") // '';
 
@@ -43,6 +46,29 @@ sub kne_cluster
 	$node->append_conf('postgresql.conf', join('', map { "$_ = '$conf{$_}'\n" } sort keys %conf));
 	$node->start;
 	return $node;
+}
+
+# After a crash the last of its processes may still be on their way out; until then the data directory is not to be had.
+sub kne_start
+{
+	my ($node) = @_;
+
+	wait_for(sub { return $node->start(fail_ok => 1); }) or die 'the server does not start';
+	return;
+}
+
+# Switch the queue on or off. Off, no worker is left when this returns.
+sub kne_enable
+{
+	my ($node, $on) = @_;
+
+	$node->safe_psql('postgres', $on ? 'ALTER SYSTEM RESET kne.enabled' : 'ALTER SYSTEM SET kne.enabled = off');
+	$node->reload;
+	$node->poll_query_until('postgres', $on
+		? "SELECT current_setting('kne.enabled') = 'on'"
+		: "SELECT current_setting('kne.enabled') = 'off' AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'kne worker')")
+	  or die 'kne.enabled cannot be switched';
+	return;
 }
 
 # The extension, the model, and a few facts of it.
@@ -105,6 +131,16 @@ sub kne_wait_state
 	return $node->poll_query_until($db // 'postgres', "SELECT state = '$state' FROM kne.edit_request WHERE edit_id = $id");
 }
 
+# Until the worker has sent what it has claimed, and waits for the engine: there is a batch, and no other wait of a worker with a
+# batch is an extension's. Before that, the death of the engine is not the death of a batch.
+sub kne_waiting
+{
+	my ($node) = @_;
+
+	return $node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM kne.stat_workers() w JOIN pg_stat_activity a USING (pid)"
+			. " WHERE w.edits > 0 AND a.wait_event_type = 'Extension')");
+}
+
 # Ask for an edit that does not get further than its start: the engine is stopped. Returns (edit, pid of the engine).
 sub kne_running
 {
@@ -115,7 +151,7 @@ sub kne_running
 	kill 'STOP', $engine;
 	$id = kne_edit($node, $subject, $object, $db);
 	kne_wait_state($node, $id, 'running', $db) or die "edit $id does not start";
-	usleep(200_000);
+	kne_waiting($node) or die "edit $id is not sent to the engine";
 	return ($id, $engine);
 }
 
@@ -131,7 +167,7 @@ sub alive
 sub wait_for
 {
 	my ($check, $seconds) = @_;
-	my $rounds = ($seconds // 60) * 20;
+	my $rounds = ($seconds // 180) * 20;
 
 	while ($rounds-- > 0)
 	{

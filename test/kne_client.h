@@ -250,7 +250,7 @@ engine_exec(const engine *e, const char *const *extra)
 static inline bool
 engine_wait_ready(const engine *e)
 {
-    for (int i = 0; i < 500; i++)
+    for (int i = 0; i < 6000; i++)
     {
         int fd = engine_client(e);
 
@@ -307,7 +307,7 @@ engine_stop(engine *e)
     int rc;
 
     kill(e->pid, SIGTERM);
-    rc = engine_wait_exit(e->pid, 10);
+    rc = engine_wait_exit(e->pid, 60);
     if (rc == -1)
     {
         kill(e->pid, SIGKILL);

@@ -445,7 +445,7 @@ test_long(const char *name)
     char           path[1024];
     kne_tokenizer *t = NULL;
     kne_err        err = { 0 };
-    double         from = kne_now();
+    clock_t        from = clock(); /* the processor's time: a loaded machine is no slow algorithm */
     int            wrong = 0;
 
     snprintf(path, sizeof path, "%s/tokenizers/%s/tokenizer.json", shared_dir(), name);
@@ -469,8 +469,9 @@ test_long(const char *name)
         free(back);
         kne_ids_free(&ids);
     }
-    check(t && wrong == 0 && kne_now() - from < 60, "%s: long texts without a break", name);
-    printf("# %.2f s\n", kne_now() - from);
+    from = clock() - from;
+    check(t && wrong == 0 && from < 60 * CLOCKS_PER_SEC, "%s: long texts without a break", name);
+    printf("# %.2f s\n", (double) from / CLOCKS_PER_SEC);
     kne_tokenizer_free(t);
 }
 
