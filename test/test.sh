@@ -2,6 +2,8 @@
 
 passed=0 failed=0 skipped=0
 log=$tmp/test.log
+failures=$tmp/failures.log # what failed, said again at the end
+: >"$failures"
 shared=${KNE_SHARED:-$(cd "$clone/.." && pwd)/shared}
 export KNE_SHARED=$shared
 
@@ -16,6 +18,7 @@ tally() {
     fi
     if [ "$not" != 0 ]; then
         grep -vE '^ok ' "$log" | tail -60
+        { echo "== $1"; grep -E '^not ok |^#   |Dubious|died' "$log" | head -20 || echo "exit status $2"; } >>"$failures"
     fi
     printf '%-28s %4d passed %3d failed %3d skipped\n' "$1" "$ok" "$not" "$skip"
     passed=$((passed + ok)) failed=$((failed + not)) skipped=$((skipped + skip))
@@ -52,6 +55,7 @@ for kind in REGRESS ISOLATION; do
     rm -f "$tmp/src/regression.diffs" "$tmp/src/output_iso/regression.diffs"
 done
 stop_server
+[ $failed = 0 ] || tail -40 "$tmp/server.log"
 
 say "TAP"
 status=0
@@ -63,6 +67,6 @@ status=0
 (cd "$clone" && test/check_tree.sh) >"$log" 2>&1 || status=$?
 tally "tree" $status
 
-[ $failed = 0 ] || tail -40 "$tmp/server.log"
+cat "$failures"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed = 0 ]
