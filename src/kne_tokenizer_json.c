@@ -13,9 +13,9 @@
 
 #define STAND_IN "\xFF"
 
-/* The start of an escaped NUL in s, NULL: none. "\\u0000" is a backslash and letters. */
+/* The first escaped NUL of text (to end) at s or after it, NULL: none. "\\u0000" is a backslash and letters. */
 static const char *
-find_nul(const char *s, const char *end)
+find_nul(const char *text, const char *s, const char *end)
 {
     while ((s = memmem(s, (size_t) (end - s), "\\u0000", 6)) != NULL)
     {
@@ -23,7 +23,7 @@ find_nul(const char *s, const char *end)
 
         /* The text before is known to be JSON up to here only if cJSON agrees later; counting
          * backslashes is right inside strings and harmless outside. */
-        while (p[-1] == '\\')
+        while (p > text && p[-1] == '\\')
             p--;
         if ((s - p) % 2 == 0)
             return s;
@@ -37,7 +37,7 @@ substitute_nul(const char *text, size_t n, kne_tokbuf *out, kne_err *err)
 {
     const char *end = text + n, *from = text, *hit;
 
-    while ((hit = find_nul(from, end)) != NULL)
+    while ((hit = find_nul(text, from, end)) != NULL)
     {
         KNE_TRY(kne_tokbuf_add(out, from, (size_t) (hit - from), err));
         KNE_TRY(kne_tokbuf_add(out, STAND_IN, 1, err));
@@ -58,7 +58,7 @@ kne_tokjson_parse(const char *text, size_t n, cJSON **root, kne_err *err)
         return kne_error(err, KNE_ERR_LIMIT, "tokenizer.json is too large");
     if (n == 0 || memchr(text, '\0', n) || !kne_u8_valid(text, n))
         return kne_error(err, KNE_ERR_FORMAT, "tokenizer.json is not text in UTF-8");
-    if (n > 6 && find_nul(text + 1, text + n))
+    if (find_nul(text, text, text + n))
     {
         st = substitute_nul(text, n, &copy, err);
         text = copy.s;

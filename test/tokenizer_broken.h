@@ -52,6 +52,7 @@ static const struct
     { "key not a text", MODEL("{1:1}", "[]"), KNE_ERR_FORMAT, "byte" },
     { "id twice", MODEL("{\"a\":1,\"b\":1}", "[]"), KNE_ERR_FORMAT, "id 1" },
     { "token twice", MODEL("{\"a\":1,\"a\":2}", "[]"), KNE_ERR_FORMAT, "twice" },
+    { "NUL before everything", "\\u0000{}", KNE_ERR_FORMAT, "not valid JSON" },
     { "NUL without an id", MODEL("{\"a\\u0000b\":-1}", "[]"), KNE_ERR_FORMAT, "token \"a\"" },
     { "NUL in a type", NORM("\"type\":\"NFC\\u0000\""), KNE_ERR_UNSUPPORTED, "\"NFC\"" },
     { "sparse ids", MODEL("{\"a\":7,\"b\":9000}", "[]"), KNE_OK, "" },
