@@ -7,6 +7,7 @@
  * ends at once on SIGTERM and when its parent dies. This is the only file that
  * may end the process or write to stderr; exit codes are enum kne_exit.
  */
+#include "kne_confine.h"
 #include "kne_server.h"
 
 #include <errno.h>
@@ -327,6 +328,7 @@ main(int argc, char **argv)
                            .cache_bytes = (size_t) 1 << 30};
     kne_server_config config = {.log = log_line};
     kne_backend      *backend = NULL;
+    const char       *unconfined;
     kne_err           err;
     int               rc;
 
@@ -341,6 +343,7 @@ main(int argc, char **argv)
         return fail(KNE_EXIT_USAGE, "could not read the %d bytes of the secret", KNE_SECRET_LEN);
     if ((rc = open_device(&o, &backend, &config.device_note)) != KNE_EXIT_OK)
         return rc;
+    unconfined = kne_confine(); /* before the first byte of a client */
     config.listen_fd = o.socket ? make_socket(o.socket) : o.listen_fd;
     if (config.listen_fd < 0)
         return fail(KNE_EXIT_FAILED, "could not make socket \"%s\": %s", o.socket, strerror(errno));
@@ -351,6 +354,8 @@ main(int argc, char **argv)
 
     if (kne_server_new(&config, &server, &err) != KNE_OK)
         return fail_err(KNE_EXIT_FAILED, &err);
+    if (unconfined)
+        say("runs with more rights than it needs: %s", unconfined);
     say("ready (%s%s%s)", backend->name, config.device_note[0] ? "; " : "", config.device_note);
     rc = kne_server_run(server, &err) == KNE_OK ? KNE_EXIT_OK : fail_err(KNE_EXIT_FAILED, &err);
 

@@ -22,6 +22,8 @@ if [ -e build/kne-engine ] && [ -e kne.so ]; then
     check "kne.so exports only its own names" \
           "$(nm -D --defined-only kne.so | awk '{print $3}' | grep -vE '^(kne_|pg_finfo_|Pg_magic_func|_PG_init)' | wc -l)" 0
 fi
+check "the roles of docs/security.md are those of the matrix" \
+      "$(grep -E "^(CREATE ROLE|GRANT)" docs/security.md | cksum)" "$(sed -n "/^BEGIN/,/^$/p" sql/11_matrix.sql | grep -E "^(CREATE ROLE|GRANT)" | cksum)"
 check "committed files under 9 MB" "$(git ls-files 2>/dev/null | xargs -r stat -c %s | awk '$1 > 9000000' | wc -l)" 0
 echo "1..$n"
 exit $bad

@@ -7,12 +7,28 @@
  * or models/atlas; what needs one is skipped where there is none.
  */
 #include "kne_client.h"
+#include "kne_confine.h"
 #include "kne_delta.h"
 #include "kne_test.h"
 
+#include <dirent.h>
 #include <math.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
+
+#ifndef __has_feature
+#define __has_feature(x) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) ||                               \
+    __has_feature(address_sanitizer)
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
 
 static char program[512], model_path[512], stories_path[512];
 static char fingerprint[80];
@@ -203,6 +219,81 @@ test_options(void)
           "an unknown device");
 }
 
+/* Every thread of the process: no new privileges, a filter of system calls, no core files. */
+static void
+test_confined(pid_t pid)
+{
+    char           path[64], text[256];
+    DIR           *dir;
+    struct dirent *d;
+    struct rlimit  core = {1, 1};
+    int            threads = 0, confined = 0;
+
+    snprintf(path, sizeof path, "/proc/%d/task", pid);
+    dir = opendir(path);
+    while (dir && (d = readdir(dir)))
+    {
+        FILE *f;
+        int   found = 0;
+
+        if (d->d_name[0] == '.')
+            continue;
+        threads++;
+        snprintf(text, sizeof text, "/proc/%d/task/%.20s/status", pid, d->d_name);
+        f = fopen(text, "r");
+        while (f && fgets(text, sizeof text, f))
+            found += strcmp(text, "NoNewPrivs:\t1\n") == 0 || strcmp(text, "Seccomp:\t2\n") == 0;
+        if (f)
+            fclose(f);
+        confined += found == 2;
+    }
+    if (dir)
+        closedir(dir);
+    prlimit(pid, RLIMIT_CORE, NULL, &core);
+    check(threads > 0 && confined == threads && core.rlim_cur == 0 && core.rlim_max == 0,
+          "%d of %d threads are confined, without core files", confined, threads);
+}
+
+/* What kne_confine refuses, tried in a child; one exit code for each that was not refused. */
+static void
+test_confine(void)
+{
+    int   status = -1;
+    pid_t pid;
+
+    fflush(stdout);
+    pid = fork();
+    if (pid == 0)
+    {
+        static char *const none[] = {NULL};
+        int   pair[2];
+        void *page;
+
+        if (kne_confine())
+            _exit(1);
+        if (socket(AF_INET, SOCK_STREAM, 0) >= 0 || errno != EPERM)
+            _exit(2);
+        if (socket(AF_NETLINK, SOCK_RAW, 0) >= 0 || errno != EPERM)
+            _exit(3);
+        if (execve("/bin/true", none, none) == 0 || errno != EPERM)
+            _exit(4);
+        if (unshare(0x10000000) == 0 || errno != EPERM) /* CLONE_NEWUSER */
+            _exit(5);
+        if (!SANITIZED && (ptrace(PTRACE_ATTACH, getppid(), NULL, NULL) == 0 || errno != EPERM))
+            _exit(6);
+        if (process_vm_readv(getppid(), NULL, 0, NULL, 0, 0) == 0 || errno != EPERM)
+            _exit(7);
+        /* and what an engine does */
+        page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (page == MAP_FAILED || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || open("/proc/self/maps", O_RDONLY) < 0)
+            _exit(8);
+        _exit(0);
+    }
+    waitpid(pid, &status, 0);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 0,
+          "a confined process starts nothing, talks to no network, traces nobody (%d)", WEXITSTATUS(status));
+}
+
 /* As the launcher does: a socket and a pipe that the child inherits. */
 static void
 test_inherited(void)
@@ -244,6 +335,7 @@ test_inherited(void)
         fclose(f);
     }
     check(strcmp(comm, "kne-engine\n") == 0, "its process is named kne-engine");
+    test_confined(e.pid);
     close(client);
     check(engine_stop(&e) == KNE_EXIT_OK, "SIGTERM ends it with code 0");
 }
@@ -1444,16 +1536,6 @@ test_stop_during_edit(void)
 
 /* ---- little memory ---- */
 
-#ifndef __has_feature
-#define __has_feature(x) 0
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) ||                               \
-    __has_feature(address_sanitizer)
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
-
 static void
 test_out_of_memory(void)
 {
@@ -1648,6 +1730,7 @@ main(int argc, char **argv)
     }
     signal(SIGPIPE, SIG_IGN);
     test_options();
+    test_confine();
     test_inherited();
     test_parent_death();
 
