@@ -27,18 +27,18 @@ typedef struct edit
     kne_tokens          *prompt;   /* (spec->n_prompts) */
     int32_t              n_anchors;
     int32_t             *anchor;   /* (n_anchors) indices into job.known_at of tokens */
-    float              **anchor_logp; /* (n_anchors) -> (tokens of its object, V), the reference */
     int32_t              n;        /* neurons */
     int32_t             *index;    /* (n) layer * f + neuron, ascending */
     float               *score;    /* (n) in the order of index */
     float               *token_score; /* (n, tokens of the object) */
     int32_t             *from;     /* (L + 1) where each layer's neurons begin in index */
     int32_t             *place;    /* (n) row in the union overlay of the layer */
+    int32_t             *mine;     /* (n) row in the anchors' gradient */
     float               *delta[N_MATRICES], *grad[N_MATRICES], *mean[N_MATRICES], *var[N_MATRICES]; /* (n, d) or NULL */
     double             **chol;     /* (L) factor of the metric, NULL where the layer has no neuron */
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
-    int32_t              n_rows, n_outs;   /* of all its sequences */
+    int32_t              n_rows, n_outs;   /* of its prompts */
     double               loss;
 } edit;
 
@@ -54,6 +54,24 @@ typedef struct shared_rows
     kne_overlay_layer *layer;    /* (L) */
     kne_overlay        overlay;
 } shared_rows;
+
+/*
+ * The anchors of all edits of the batch, each once: every edit is held back by what any of them must not disturb.
+ * Their gradient is taken once, for all neurons that move.
+ */
+typedef struct anchor_set
+{
+    int32_t  n, n_rows, n_outs;
+    int32_t *known;            /* (n) indices in batch.known, the nearest of every edit first */
+    float  **logp;             /* (n) -> (tokens of its object, V), the reference */
+    double   outs_an_edit;     /* positions that an edit brought along, on average: what a mean over anchors means */
+    int32_t  n_neurons, widest; /* in all layers, in one */
+    int32_t *from, *neuron;    /* (L + 1), (n_neurons) ascending within a layer */
+    float   *grad[N_MATRICES]; /* (n_neurons, d): of the sum of their divergences */
+    int32_t  first, last;      /* those in the current pass, whose rows and out rows come first */
+    int32_t  rows;
+    double   loss;             /* sum of the divergences in this round */
+} anchor_set;
 
 typedef struct batch
 {
@@ -74,6 +92,7 @@ typedef struct batch
     bool                is_protected, locate_only; /* locate: what holds already is attributed too */
     uint8_t            *held;    /* (n_known) edits' facts and anchors that held before */
     shared_rows         rows;
+    anchor_set          anchors;
     bool                moves[N_MATRICES];
     kne_pack            pack;
     kne_work           *work;

@@ -46,6 +46,7 @@ tokenise(batch *b, kne_err *err)
         b->known_of = kne_arena_take(a, (size_t) job->n_known, sizeof *b->known_of);
         b->ref = kne_arena_take(a, (size_t) job->n_known, sizeof *b->ref);
         b->protect = kne_arena_take(a, (size_t) job->n_known, sizeof *b->protect);
+        b->anchors.known = kne_arena_take(a, (size_t) job->n_known, sizeof *b->anchors.known);
         b->held = kne_arena_take(a, (size_t) job->n_known, sizeof *b->held);
         b->edit = kne_arena_take(a, (size_t) job->n_edits, sizeof *b->edit);
         b->turn = kne_arena_take(a, (size_t) job->n_edits, sizeof *b->turn);
@@ -334,6 +335,7 @@ plan_layout(batch *b)
         e->n = kne_ensemble_size(arch, &b->opt);
         e->index = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->index);
         e->place = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->place);
+        e->mine = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->mine);
         e->from = kne_arena_take(&b->plan, (size_t) arch->n_layers + 1, sizeof *e->from);
         e->token_score = kne_arena_take(&b->plan, (size_t) e->n * (size_t) e->out->n_tokens, sizeof(float));
         e->out->ensemble = kne_arena_take(&b->plan, (size_t) e->n, sizeof *e->out->ensemble);

@@ -15,6 +15,7 @@
 #include <string.h>
 
 #define PASS_ROWS 1024
+#define ANCHOR_BYTES ((size_t) 1 << 30) /* of the anchors' distributions */
 #define ADAM_B1 0.9f
 #define ADAM_B2 0.999f
 
@@ -34,6 +35,7 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
     const kne_arch     *arch = &job->model->arch;
     const int32_t       L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
     shared_rows        *u = &b->rows;
+    anchor_set         *a = &b->anchors;
     bool                view_has[N_MATRICES] = {false};
 
     if (!b->run.base) /* counting: mark what is there */
@@ -44,16 +46,21 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
                 mark[l * f + job->view->layer[l].neuron[i]] = 1;
         for (int32_t i = 0; i < job->n_edits; i++)
             for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
-                mark[b->edit[i].index[j]] = 1;
-        u->n = u->max_layer = 0;
+                mark[b->edit[i].index[j]] = 2;
+        u->n = u->max_layer = a->n_neurons = a->widest = 0;
         for (int32_t l = 0; l < L; l++)
         {
-            int32_t n = 0;
+            int32_t n = 0, mine = 0;
 
             for (int32_t k = 0; k < f; k++)
-                n += mark[l * f + k];
+            {
+                n += mark[l * f + k] > 0;
+                mine += mark[l * f + k] == 2;
+            }
             u->n += n;
             u->max_layer = n > u->max_layer ? n : u->max_layer;
+            a->n_neurons += mine;
+            a->widest = mine > a->widest ? mine : a->widest;
         }
     }
     for (int32_t i = 0; i < job->view->n_edits; i++)
@@ -63,6 +70,11 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
     u->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *u->from);
     u->neuron = kne_arena_take(&b->run, (size_t) u->n, sizeof *u->neuron);
     u->layer = kne_arena_take(&b->run, (size_t) L, sizeof *u->layer);
+    a->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *a->from);
+    a->neuron = kne_arena_take(&b->run, (size_t) a->n_neurons, sizeof *a->neuron);
+    for (int k = 0; k < N_MATRICES; k++)
+        if (b->moves[k] && b->opt.beta > 0)
+            a->grad[k] = kne_arena_take(&b->run, (size_t) a->n_neurons * (size_t) d, sizeof(float));
     for (int k = 0; k < N_MATRICES; k++)
     {
         bool key = k != KNE_MATRIX_DOWN; /* keys go together: both of a gated FFN or none */
@@ -85,10 +97,15 @@ union_fill(batch *b, int32_t *mark)
     const kne_model    *m = job->model;
     const int32_t       L = m->arch.n_layers, f = m->arch.d_ff, d = m->arch.d_model;
     shared_rows        *u = &b->rows;
-    int32_t             n = 0;
+    anchor_set         *a = &b->anchors;
+    int32_t             n = 0, mine = 0;
 
     for (int32_t l = 0; l < L; l++)
     {
+        a->from[l] = mine;
+        for (int32_t k = 0; k < f; k++)
+            if (mark[l * f + k] == 2)
+                a->neuron[mine++] = k;
         u->from[l] = n;
         for (int32_t k = 0; k < f; k++)
             if (mark[l * f + k])
@@ -99,10 +116,21 @@ union_fill(batch *b, int32_t *mark)
         u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->neuron + u->from[l]};
     }
     u->from[L] = n;
+    a->from[L] = mine;
     u->overlay.layer = u->layer;
     for (int32_t i = 0; i < job->n_edits; i++)
-        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
-            b->edit[i].place[j] = mark[b->edit[i].index[j]];
+    {
+        edit *e = &b->edit[i];
+
+        for (int32_t l = 0; e->state != EDIT_ENDED && l < L; l++)
+            for (int32_t j = e->from[l], at = a->from[l]; j < e->from[l + 1]; j++)
+            {
+                while (a->neuron[at] != e->index[j] - l * f)
+                    at++;
+                e->mine[j] = at;
+                e->place[j] = mark[e->index[j]];
+            }
+    }
 
     for (int k = 0; k < N_MATRICES; k++)
     {
@@ -182,7 +210,7 @@ compose(batch *b)
 /* ---- layout ---- */
 
 static void
-count_rows(edit *e, const batch *b)
+count_rows(edit *e)
 {
     e->n_rows = e->n_outs = 0;
     for (int32_t p = 0; p < e->spec->n_prompts; p++)
@@ -190,11 +218,53 @@ count_rows(edit *e, const batch *b)
         e->n_rows += e->prompt[p].n - 1;
         e->n_outs += e->prompt[p].n - e->prompt[p].n_prompt;
     }
-    for (int32_t i = 0; b->opt.beta > 0 && i < e->n_anchors; i++)
+}
+
+/*
+ * The anchors of all live edits, each once: the first of every edit, then the second ... as long as their references
+ * fit ANCHOR_BYTES.
+ */
+static kne_status
+gather_anchors(batch *b, kne_err *err)
+{
+    anchor_set *a = &b->anchors;
+    uint8_t    *seen = calloc((size_t) b->n_known + 1, 1);
+    size_t      bytes = 0;
+    int32_t     n_edits = 0, most = 0, outs = 0;
+
+    if (!seen)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    for (int32_t i = 0; i < b->job->n_edits; i++)
     {
-        e->n_rows += b->known[e->anchor[i]].n - 1;
-        e->n_outs += b->known[e->anchor[i]].n - b->known[e->anchor[i]].n_prompt;
+        const edit *e = &b->edit[i];
+
+        if (e->state == EDIT_ENDED || b->opt.beta <= 0)
+            continue;
+        n_edits++;
+        most = e->n_anchors > most ? e->n_anchors : most;
+        for (int32_t k = 0; k < e->n_anchors; k++)
+            outs += b->known[e->anchor[k]].n - b->known[e->anchor[k]].n_prompt;
     }
+    for (int32_t k = 0; k < most; k++)
+        for (int32_t i = 0; i < b->job->n_edits; i++)
+        {
+            const edit *e = &b->edit[i];
+            const kne_tokens *t;
+
+            if (e->state == EDIT_ENDED || k >= e->n_anchors || seen[e->anchor[k]])
+                continue;
+            t = &b->known[e->anchor[k]];
+            bytes += (size_t) (t->n - t->n_prompt) * (size_t) b->job->model->arch.vocab_size * sizeof(float);
+            if (bytes > ANCHOR_BYTES)
+                continue;
+            seen[e->anchor[k]] = 1;
+            a->known[a->n++] = e->anchor[k];
+            a->n_rows += t->n - 1;
+            a->n_outs += t->n - t->n_prompt;
+        }
+    a->outs_an_edit = n_edits ? (double) outs / n_edits : 0;
+    free(seen);
+    return KNE_OK;
 }
 
 static void
@@ -202,7 +272,8 @@ layout(batch *b)
 {
     const kne_arch *arch = &b->job->model->arch;
     const int32_t   L = arch->n_layers, d = arch->d_model;
-    int32_t         rows = 1, outs = 1, total = 0, total_outs = 0, widest = 1;
+    anchor_set     *a = &b->anchors;
+    int32_t         rows = 1, outs = 1, total = a->n_rows, total_outs = a->n_outs, widest = a->widest > 1 ? a->widest : 1;
 
     for (int32_t i = 0; i < b->job->n_edits; i++)
     {
@@ -210,7 +281,7 @@ layout(batch *b)
 
         if (e->state == EDIT_ENDED)
             continue;
-        count_rows(e, b);
+        count_rows(e);
         rows = e->n_rows > rows ? e->n_rows : rows;
         outs = e->n_outs > outs ? e->n_outs : outs;
         total += e->n_rows;
@@ -237,19 +308,21 @@ layout(batch *b)
                 if (b->opt.step == KNE_STEP_ADAM)
                     e->var[k] = kne_arena_take(&b->run, n, sizeof(float));
             }
-        e->anchor_logp = kne_arena_take(&b->run, (size_t) e->n_anchors, sizeof *e->anchor_logp);
-        for (int32_t a = 0; b->opt.beta > 0 && a < e->n_anchors; a++)
-        {
-            const kne_tokens *t = &b->known[e->anchor[a]];
-            float            *p = kne_arena_take(&b->run, (size_t) (t->n - t->n_prompt) * (size_t) arch->vocab_size, sizeof *p);
-
-            if (e->anchor_logp)
-                e->anchor_logp[a] = p;
-        }
     }
-    /* a pass holds whole edits: as many as PASS_ROWS takes, at least one */
+    a->logp = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->logp);
+    for (int32_t i = 0; i < a->n; i++)
+    {
+        const kne_tokens *t = &b->known[a->known[i]];
+        float            *p = kne_arena_take(&b->run, (size_t) (t->n - t->n_prompt) * (size_t) arch->vocab_size, sizeof *p);
+
+        if (a->logp)
+            a->logp[i] = p;
+        rows = t->n > rows ? t->n : rows;
+        outs = t->n - t->n_prompt > outs ? t->n - t->n_prompt : outs;
+    }
+    /* a pass holds whole edits and anchors: as many as PASS_ROWS takes, at least one */
     if (rows < PASS_ROWS)
-        rows = total < PASS_ROWS ? total : PASS_ROWS;
+        rows = total < PASS_ROWS ? (total > rows ? total : rows) : PASS_ROWS;
     outs = outs > rows ? outs : total_outs < rows ? total_outs : rows;
     kne_pack_layout(&b->pack, &b->run, rows, rows, outs);
     b->logp = kne_arena_take(&b->run, (size_t) outs, sizeof *b->logp);
@@ -283,7 +356,16 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
     /* a value vector's gradient is a^T dy, a key's is (its pre-activation's gradient)^T h */
     const float *const left[N_MATRICES] = {g->a, g->dgate, g->dup};
     const float *const right[N_MATRICES] = {g->dy, g->h, g->h};
+    const anchor_set *a = &b->anchors;
+    const int32_t     a0 = a->rows ? a->from[g->layer] : 0, n_a = a->rows ? a->from[g->layer + 1] - a0 : 0;
 
+    for (int k = 0; n_a && k < N_MATRICES; k++)
+        if (b->moves[k])
+        {
+            be->gather_cols(be->ctx, b->gathered, left[k], f, a->neuron + a0, a->rows, n_a);
+            be->matmul_tn(be->ctx, a->grad[k] + (size_t) a0 * (size_t) d, d, b->gathered, n_a, right[k], d, n_a, d,
+                          a->rows, 1);
+        }
     for (int32_t i = 0; i < b->n_turn; i++)
     {
         edit   *e = b->turn[i];
@@ -304,7 +386,17 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
 }
 
 /*
- * One forward pass over the edits in b->turn, with the losses; where learn is set, also the gradient of
+ * What an anchors' position weighs in the loss mean(-log P) + beta mean(KL) of an edit. An edit that circles where the
+ * two balance gets there in the second half of its steps, in which beta fades.
+ */
+static double
+anchor_weight(const batch *b, const edit *e)
+{
+    return b->anchors.n ? b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps) / b->anchors.outs_an_edit : 0;
+}
+
+/*
+ * One forward pass over the packed anchors and the edits in b->turn, with the losses; where learn is set, also the gradient of
  * those that are not reached. Sets e->loss and moves edits between ACTIVE and REACHED.
  */
 static kne_status
@@ -314,53 +406,44 @@ run_pass(batch *b, bool learn, kne_err *err)
     kne_backend        *be = job->backend;
     kne_work           *w = b->work;
     const int32_t       V = job->model->arch.vocab_size;
-    bool                any = false;
+    anchor_set         *a = &b->anchors;
+    bool                any = a->last > a->first;
 
     /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
     KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL,
                         b->pass_key == b->last_key ? b->lowest : 0, err));
     b->last_key = b->pass_key;
     be->logprob(be->ctx, b->logp, b->best, NULL, w->logits, b->pack.target, NULL, b->pack.b.n_out, V);
+    for (int32_t i = a->first, out = 0; i < a->last; i++)
+    {
+        const kne_tokens *t = &b->known[a->known[i]];
+        int32_t           s = t->n - t->n_prompt;
+
+        for (int32_t k = 0; k < s; k++)
+            b->coef[out + k] = 1;
+        be->kl(be->ctx, b->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
+               a->logp[i], b->coef + out, s, V);
+        for (int32_t k = 0; k < s; k++)
+            a->loss += b->kl[out + k];
+        out += s;
+    }
     for (int32_t i = 0; i < b->n_turn; i++)
     {
         edit   *e = b->turn[i];
-        int32_t out = e->out0, n_obj = 0, n_anchor = e->n_outs;
-        double  loss = 0;
+        int32_t out = e->out0;
 
         e->state = reached(b, e, out) ? EDIT_REACHED : EDIT_ACTIVE;
         any |= e->state == EDIT_ACTIVE;
-        for (int32_t p = 0; p < e->spec->n_prompts; p++)
-            n_obj += e->prompt[p].n - e->prompt[p].n_prompt;
-        n_anchor -= n_obj;
-        for (int32_t k = 0; k < n_obj; k++)
-            loss -= b->logp[out + k] / n_obj;
-        if (!learn)
-        {
-            e->loss = loss;
-            continue;
-        }
-
-        /* gradients of mean(-log P) + beta mean(KL); nothing for an edit that has arrived. An edit that circles where
-         * the two balance gets there in the second half of its steps, in which beta fades. */
-        double beta = b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps);
-        bool active = e->state == EDIT_ACTIVE;
+        e->loss = 0;
         for (int32_t k = 0; k < e->n_outs; k++)
-            b->coef[out + k] = !active ? 0 : k < n_obj ? -1.0f / (float) n_obj : (float) beta / (float) n_anchor;
-        be->logprob(be->ctx, b->logp + out, NULL, w->dlogits + (size_t) out * (size_t) V,
-                    w->logits + (size_t) out * (size_t) V, b->pack.target + out, b->coef + out, n_obj, V);
-        out += n_obj;
-        for (int32_t a = 0; n_anchor && a < e->n_anchors; a++)
         {
-            const kne_tokens *t = &b->known[e->anchor[a]];
-            int32_t           s = t->n - t->n_prompt;
-
-            be->kl(be->ctx, b->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
-                   e->anchor_logp[a], b->coef + out, s, V);
-            for (int32_t k = 0; k < s; k++)
-                loss += beta * b->kl[out + k] / n_anchor;
-            out += s;
+            e->loss -= b->logp[out + k] / e->n_outs;
+            b->coef[out + k] = e->state == EDIT_ACTIVE ? -1.0f / (float) e->n_outs : 0; /* nothing once it has arrived */
         }
-        e->loss = loss;
+        if (learn)
+            be->logprob(be->ctx, b->logp + out, NULL, w->dlogits + (size_t) out * (size_t) V,
+                        w->logits + (size_t) out * (size_t) V, b->pack.target + out, b->coef + out, e->n_outs, V);
+        e->loss += anchor_weight(b, e) * a->loss;
     }
     if (learn && any)
         KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->lowest,
@@ -368,37 +451,61 @@ run_pass(batch *b, bool learn, kne_err *err)
     return KNE_OK;
 }
 
-/* Fill the pack with edits of the wanted state from *next on; false when there are none left. */
-static bool
-fill_pass(batch *b, edit_state wanted, int32_t *next, bool anchors)
+static void
+clear_pass(batch *b)
 {
     kne_pack_clear(&b->pack);
     b->n_turn = 0;
-    b->pass_key = anchors;
+    b->pass_key = 0;
+    b->anchors.first = b->anchors.last = b->anchors.rows = 0;
+}
+
+static void
+add_key(batch *b, int32_t what)
+{
+    b->pass_key = (b->pass_key ^ (uint64_t) (what + 2)) * 0x9E3779B97F4A7C15ull;
+}
+
+/* Fill a clear pack with anchors from *next on. */
+static void
+fill_anchors(batch *b, int32_t *next)
+{
+    anchor_set *a = &b->anchors;
+
+    a->first = *next;
+    for (; *next < a->n; (*next)++)
+    {
+        const kne_tokens *t = &b->known[a->known[*next]];
+
+        if (!kne_pack_fits(&b->pack, t->n, t->n_prompt))
+            break;
+        kne_pack_add(&b->pack, t->id, t->n, t->n_prompt);
+        add_key(b, -1 - *next);
+    }
+    a->last = *next;
+    a->rows = b->pack.b.n;
+}
+
+/* Add edits of the wanted state to the pack, from *next on. */
+static void
+fill_edits(batch *b, edit_state wanted, int32_t *next)
+{
     for (; *next < b->job->n_edits; (*next)++)
     {
-        edit   *e = &b->edit[*next];
-        int32_t rows = e->n_rows, outs = e->n_outs;
+        edit *e = &b->edit[*next];
 
         if (e->state != wanted)
             continue;
-        if (b->pack.b.n + rows > b->pack.max_n || b->pack.b.n_out + outs > b->pack.max_out)
+        if (b->pack.b.n + e->n_rows > b->pack.max_n || b->pack.b.n_out + e->n_outs > b->pack.max_out)
             break;
         e->row0 = b->pack.b.n;
         e->out0 = b->pack.b.n_out;
         for (int32_t p = 0; p < e->spec->n_prompts; p++)
             kne_pack_add(&b->pack, e->prompt[p].id, e->prompt[p].n, e->prompt[p].n_prompt);
-        for (int32_t a = 0; anchors && b->opt.beta > 0 && a < e->n_anchors; a++)
-        {
-            const kne_tokens *t = &b->known[e->anchor[a]];
-
-            kne_pack_add(&b->pack, t->id, t->n, t->n_prompt);
-        }
         e->row1 = b->pack.b.n;
         b->turn[b->n_turn++] = e;
-        b->pass_key = (b->pass_key ^ (uint64_t) (*next + 2)) * 0x9E3779B97F4A7C15ull;
+        add_key(b, *next);
     }
-    return b->n_turn > 0;
 }
 
 /* ---- the step ---- */
@@ -464,36 +571,39 @@ static kne_status
 anchor_references(batch *b, kne_err *err)
 {
     const kne_edit_job *job = b->job;
-    size_t              n = 0;
-    kne_tokens         *fact;
-    float             **at;
-    uint8_t            *right;
-    kne_status          st;
+    const anchor_set   *a = &b->anchors;
+    kne_tokens         *fact = malloc(((size_t) a->n + 1) * sizeof *fact);
+    uint8_t            *right = malloc((size_t) a->n + 1);
+    kne_status          st = fact && right ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
-    for (int32_t i = 0; i < job->n_edits; i++)
-        n += b->edit[i].state == EDIT_ENDED || b->opt.beta <= 0 ? 0 : (size_t) b->edit[i].n_anchors;
-    fact = malloc((n + 1) * sizeof *fact);
-    at = malloc((n + 1) * sizeof *at);
-    right = malloc(n + 1);
-    st = fact && at && right ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
-    n = 0;
-    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
-        for (int32_t a = 0; b->edit[i].state != EDIT_ENDED && b->opt.beta > 0 && a < b->edit[i].n_anchors; a++, n++)
-        {
-            fact[n] = b->known[b->edit[i].anchor[a]];
-            at[n] = b->edit[i].anchor_logp[a];
-        }
+    for (int32_t i = 0; i < a->n && st == KNE_OK; i++)
+        fact[i] = b->known[a->known[i]];
     if (st == KNE_OK)
-        st = kne_score_tokens(job->model, job->backend, job->view, fact, (int32_t) n, NULL, right, at,
-                              job->calls.yield, job->calls.ctx, err);
-    n = 0;
-    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
-        for (int32_t a = 0; b->edit[i].state != EDIT_ENDED && b->opt.beta > 0 && a < b->edit[i].n_anchors; a++)
-            b->held[b->edit[i].anchor[a]] = right[n++];
+        st = kne_score_tokens(job->model, job->backend, job->view, fact, a->n, NULL, right, a->logp, job->calls.yield,
+                              job->calls.ctx, err);
+    for (int32_t i = 0; i < a->n && st == KNE_OK; i++)
+        b->held[a->known[i]] = right[i];
     free(right);
     free(fact);
-    free(at);
     return st;
+}
+
+/* The edit's gradient, to which that of the anchors is added for its neurons. */
+static void
+add_anchors(batch *b, edit *e)
+{
+    const int32_t d = b->job->model->arch.d_model;
+    const float   w = (float) anchor_weight(b, e);
+
+    for (int k = 0; b->anchors.n && k < N_MATRICES; k++)
+        for (int32_t j = 0; b->moves[k] && j < e->n; j++)
+        {
+            const float *from = b->anchors.grad[k] + (size_t) e->mine[j] * (size_t) d;
+            float       *to = e->grad[k] + (size_t) j * (size_t) d;
+
+            for (int32_t c = 0; c < d; c++)
+                to[c] += w * from[c];
+        }
 }
 
 static void
@@ -569,6 +679,8 @@ kne_batch_optimise(batch *b, kne_err *err)
     int32_t            *mark = malloc((size_t) arch->n_layers * (size_t) arch->d_ff * sizeof *mark);
     kne_status          st = mark ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
+    if (st == KNE_OK)
+        st = gather_anchors(b, err);
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
         union_layout(b, mark, err);
@@ -604,17 +716,34 @@ kne_batch_optimise(batch *b, kne_err *err)
             /* all reached, one after another: do they all hold together? */
             int32_t ended = count_state(b, EDIT_ENDED);
 
-            while (st == KNE_OK && fill_pass(b, EDIT_REACHED, &next, false))
-                if ((st = run_pass(b, false, err)) == KNE_OK)
+            while (st == KNE_OK && next < job->n_edits)
+            {
+                clear_pass(b);
+                fill_edits(b, EDIT_REACHED, &next);
+                if (b->n_turn && (st = run_pass(b, false, err)) == KNE_OK)
                     st = kne_batch_pause(b, err);
+            }
             if (count_state(b, EDIT_ENDED) != ended)
                 continue; /* cancelled meanwhile: the others were checked with its delta in */
             if (count_state(b, EDIT_ACTIVE) == 0)
                 break;
             next = 0;
         }
-        while (st == KNE_OK && fill_pass(b, EDIT_ACTIVE, &next, true))
+        int32_t next_anchor = 0;
+
+        b->anchors.loss = 0;
+        for (int k = 0; k < N_MATRICES; k++)
+            if (b->anchors.grad[k])
+                memset(b->anchors.grad[k], 0, (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
+        /* the anchors first, then the edits that take their gradient; all in one pass where there is room */
+        while (st == KNE_OK && (next < job->n_edits || next_anchor < b->anchors.n))
         {
+            clear_pass(b);
+            fill_anchors(b, &next_anchor);
+            if (next_anchor == b->anchors.n)
+                fill_edits(b, EDIT_ACTIVE, &next);
+            if (b->pack.b.n == 0)
+                break;
             st = run_pass(b, true, err);
             for (int32_t i = 0; i < b->n_turn && st == KNE_OK; i++)
             {
@@ -630,6 +759,7 @@ kne_batch_optimise(batch *b, kne_err *err)
                     continue;
                 }
                 e->out->steps++;
+                add_anchors(b, e);
                 if (b->opt.step == KNE_STEP_PROTECTED)
                     protected_step(b, e);
                 else
