@@ -679,6 +679,8 @@ kne_batch_optimise(batch *b, kne_err *err)
     int32_t            *mark = malloc((size_t) arch->n_layers * (size_t) arch->d_ff * sizeof *mark);
     kne_status          st = mark ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
+    if (st == KNE_OK) /* who is cancelled by now brings no anchors */
+        st = kne_batch_pause(b, err);
     if (st == KNE_OK)
         st = gather_anchors(b, err);
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)

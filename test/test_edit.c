@@ -231,6 +231,26 @@ test_batch(const tiny_spec *spec)
                 turned->edit[i].outcome == KNE_OUTCOME_APPLIED;
     check(fine, "%s: the other way round they are applied too", spec->name);
     kne_edit_result_free(turned);
+
+    /* an anchor holds back the whole batch, whichever edit brought it */
+    static const int32_t anchors[3] = {5, 9, 13};
+    kne_edit_result     *bare, *first, *last;
+
+    for (int i = 0; i < 4; i++)
+        spec4[i].n_anchors = 0;
+    bare = run(&job);
+    spec4[0].n_anchors = 3;
+    spec4[0].anchor = anchors;
+    first = run(&job);
+    spec4[0].n_anchors = 0;
+    spec4[3].n_anchors = 3;
+    spec4[3].anchor = anchors;
+    last = run(&job);
+    check(same_deltas(first, last), "%s: anchors are the batch's, whichever edit brought them", spec->name);
+    check(bare && first && bare->edit[3].norm != first->edit[3].norm, "%s: and do something", spec->name);
+    kne_edit_result_free(bare);
+    kne_edit_result_free(first);
+    kne_edit_result_free(last);
     kne_view_free(after);
     kne_edit_result_free(r);
     world_free(w);
