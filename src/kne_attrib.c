@@ -7,6 +7,7 @@
  * u = dy W_down is what backward computes anyway: attribution costs one multiply-add a neuron and row.
  */
 #include "kne_attrib.h"
+#include "kne_device.h"
 #include "kne_pack.h"
 
 #include <math.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #define PASS_ROWS 512
+#define SLOT_BYTES ((size_t) 256 << 20) /* of the scores of one pass, on the device */
 
 void
 kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight)
@@ -53,7 +55,7 @@ kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight)
 /* One sequence of a pass. */
 typedef struct point
 {
-    float  *score;  /* (L, f) */
+    int32_t slot;   /* whose score it adds to */
     int32_t layer;  /* the one scaled, -1: all */
     float   alpha, weight;
 } point;
@@ -64,12 +66,35 @@ typedef struct pass
     kne_backend     *be;
     kne_pack         pack;
     point           *point;   /* (max_seq) */
-    float           *alpha;   /* (L, max_n) */
-    const float    **alpha_at; /* (L) */
-    float           *weight;  /* (max_n) */
+    float          **slot;    /* (max_slots) the caller's scores that this pass adds to */
+    int32_t          n_slots, max_slots;
+    float           *alpha, *weight; /* (L, max_n), (max_n) */
     float           *logp, *coef;
+    /* of the device */
+    float           *sum;     /* (max_slots, L, f) */
+    float           *dev_alpha, *dev_weight;
+    const float    **alpha_at; /* (L) into dev_alpha */
     kne_work        *work;
 } pass;
+
+static size_t
+score_len(const pass *p)
+{
+    return (size_t) p->m->arch.n_layers * (size_t) p->m->arch.d_ff;
+}
+
+/* The slot of a score in this pass, -1: all are taken by others. */
+static int32_t
+slot_of(pass *p, float *score)
+{
+    for (int32_t i = p->n_slots - 1; i >= 0; i--)
+        if (p->slot[i] == score)
+            return i;
+    if (p->n_slots == p->max_slots)
+        return -1;
+    p->slot[p->n_slots] = score;
+    return p->n_slots++;
+}
 
 static void
 visit(void *ctx, const kne_ffn_grad *g)
@@ -84,8 +109,8 @@ visit(void *ctx, const kne_ffn_grad *g)
 
         if (pt->layer >= 0 && pt->layer != g->layer)
             continue;
-        p->be->score(p->be->ctx, pt->score + (size_t) g->layer * f, g->a + (size_t) s->q0 * f,
-                     g->u + (size_t) s->q0 * f, p->weight + s->q0, s->q_len, f);
+        p->be->score(p->be->ctx, p->sum + (size_t) pt->slot * score_len(p) + (size_t) g->layer * f,
+                     g->a + (size_t) s->q0 * f, g->u + (size_t) s->q0 * f, p->dev_weight + s->q0, s->q_len, f);
     }
 }
 
@@ -109,21 +134,28 @@ flush(pass *p, const kne_view *view, const kne_options *opt, kne_err *err)
                 p->alpha[(size_t) l * p->pack.max_n + r] = pt->layer < 0 || pt->layer == l ? pt->alpha : 1;
         }
     }
+    kne_device_put(p->be, p->dev_weight, p->weight, (size_t) p->pack.b.n * sizeof *p->weight);
+    if (alpha)
+        kne_device_put(p->be, p->dev_alpha, p->alpha, (size_t) L * (size_t) p->pack.max_n * sizeof *p->alpha);
     KNE_TRY(kne_forward(p->m, p->be, p->work, &p->pack.b, ov, alpha, 0, err));
 
     for (int32_t i = 0; i < n_out; i++)
         p->coef[i] = 1;
     if (opt->score == KNE_SCORE_P) /* dP = P d log P */
     {
-        p->be->logprob(p->be->ctx, p->logp, NULL, NULL, p->work->logits, p->pack.target, NULL, n_out, V);
+        kne_work_logprob(p->be, p->work, 0, n_out, V, p->pack.target, NULL, p->logp, NULL);
         for (int32_t i = 0; i < n_out; i++)
             p->coef[i] = expf(p->logp[i]);
     }
-    p->be->logprob(p->be->ctx, p->logp, NULL, p->work->dlogits, p->work->logits, p->pack.target, p->coef,
-                   n_out, V);
+    kne_work_logprob(p->be, p->work, 0, n_out, V, p->pack.target, p->coef, NULL, NULL);
+    for (int32_t i = 0; i < p->n_slots; i++)
+        kne_device_put(p->be, p->sum + (size_t) i * score_len(p), p->slot[i], score_len(p) * sizeof *p->sum);
     KNE_TRY(kne_backward(p->m, p->be, p->work, &p->pack.b, ov, alpha, opt->layer_min, visit, p, err));
+    for (int32_t i = 0; i < p->n_slots; i++)
+        p->be->get(p->be->ctx, p->slot[i], p->sum + (size_t) i * score_len(p), score_len(p) * sizeof *p->sum);
+    p->n_slots = 0;
     kne_pack_clear(&p->pack);
-    return KNE_OK;
+    return p->be->status(p->be->ctx, err);
 }
 
 kne_status
@@ -140,7 +172,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
     const int     turns = opt->points * (high - low + 1);
     double        node[64], weight[64];
     pass          p = {.m = m, .be = be};
-    kne_arena     arena = {0};
+    kne_arena     arena = {0}, dev = {0};
     int64_t       total = 0, done = 0;
     int32_t       rows = 1, k = 0;
     kne_status    st = KNE_OK;
@@ -158,31 +190,42 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
     /* no more than is needed, no more than one pass should take */
     int64_t need = total * rows;
     rows = rows > PASS_ROWS ? rows : need < PASS_ROWS ? (int32_t) need : PASS_ROWS;
+    int64_t slots = (int64_t) (SLOT_BYTES / (score_len(&p) * sizeof(float)));
+    slots = slots > 16 ? slots : 16;
+    slots = slots < total / turns ? slots : total / turns;
+    p.max_slots = slots < rows ? (int32_t) slots : rows;
 
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
         kne_pack_layout(&p.pack, &arena, rows, rows, rows);
         p.point = kne_arena_take(&arena, (size_t) rows, sizeof *p.point);
+        p.slot = kne_arena_take(&arena, (size_t) p.max_slots, sizeof *p.slot);
         p.alpha = kne_arena_take(&arena, (size_t) L * (size_t) rows, sizeof *p.alpha);
         p.alpha_at = kne_arena_take(&arena, (size_t) L, sizeof *p.alpha_at);
         p.weight = kne_arena_take(&arena, (size_t) rows, sizeof *p.weight);
+        p.sum = kne_arena_take(&dev, (size_t) p.max_slots, score_len(&p) * sizeof *p.sum);
+        p.dev_alpha = kne_arena_take(&dev, (size_t) L * (size_t) rows, sizeof *p.dev_alpha);
+        p.dev_weight = kne_arena_take(&dev, (size_t) rows, sizeof *p.dev_weight);
         p.logp = kne_arena_take(&arena, (size_t) rows, sizeof *p.logp);
         p.coef = kne_arena_take(&arena, (size_t) rows, sizeof *p.coef);
         if (turn == 0)
             st = kne_arena_commit(&arena, err);
+        if (turn == 0 && st == KNE_OK)
+            st = kne_device_commit(&dev, be, err);
     }
     if (st == KNE_OK)
         st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true}, &p.work, err);
     for (int32_t l = 0; l < L && st == KNE_OK; l++)
-        p.alpha_at[l] = p.alpha + (size_t) l * (size_t) rows;
+        p.alpha_at[l] = p.dev_alpha + (size_t) l * (size_t) rows;
 
     for (int32_t i = 0; i < n_facts && st == KNE_OK; i++)
         for (int32_t j = fact[i].n_prompt; j < fact[i].n && st == KNE_OK; j++, k++)
             for (int32_t pt = 0; pt < turns && st == KNE_OK; pt++)
             {
-                int q = pt % opt->points;
+                int     q = pt % opt->points;
+                int32_t slot = slot_of(&p, score[k]);
 
-                if (!kne_pack_fits(&p.pack, j + 1, j))
+                if (slot < 0 || !kne_pack_fits(&p.pack, j + 1, j))
                 {
                     if (calls && calls->progress)
                         calls->progress(calls->ctx, KNE_PHASE_ATTRIBUTE, (int) done, (int) total, 0, 0);
@@ -192,8 +235,9 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
                         st = flush(&p, view, opt, err);
                     if (st != KNE_OK)
                         break;
+                    slot = slot_of(&p, score[k]);
                 }
-                p.point[p.pack.b.n_seq] = (point) {score[k], low + pt / opt->points,
+                p.point[p.pack.b.n_seq] = (point) {slot, low + pt / opt->points,
                                                    (float) node[q], (float) weight[q]};
                 kne_pack_add(&p.pack, fact[i].id, j + 1, j);
                 done++;
@@ -201,6 +245,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
     if (st == KNE_OK && p.pack.b.n_seq)
         st = flush(&p, view, opt, err);
     kne_work_free(p.work);
+    kne_device_free(&dev, be);
     kne_arena_free(&arena);
     return st;
 }

@@ -20,7 +20,7 @@ typedef struct kne_tokens
 /*
  * Teacher-forced pass over n facts, some at a time (a reader waits for no more than one pass). Any of the results may be NULL:
  * logp[i]: sum over the object's tokens; right[i]: every one is the argmax;
- * all_logp[i]: NULL or (tokens of the object, V), the log-probabilities at each of its positions.
+ * all_logp[i]: NULL or (tokens of the object, V) of the device, the log-probabilities at each of its positions.
  */
 kne_status kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact,
                             int32_t n, double *logp, uint8_t *right, float *const *all_logp,

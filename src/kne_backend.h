@@ -30,8 +30,9 @@ typedef struct kne_attn_shape
 {
     int32_t n_heads, n_kv_heads, head_dim;
     int32_t n_seq;
-    const kne_seq *seq;
+    const kne_seq *seq; /* (n_seq) of the device */
     float   scale;
+    int32_t max_q, max_kv; /* the longest q_len and kv_len: a device may have to know without looking at seq */
 } kne_attn_shape;
 
 typedef struct kne_backend kne_backend;
@@ -39,6 +40,18 @@ struct kne_backend
 {
     const char *name; /* "cpu: AVX-512, 2 threads" */
     void       *ctx;
+
+    /* ---- memory (kne_device.h for more). What ops are asked to do happens in order, perhaps later: get waits. ---- */
+    bool   host; /* its memory is the host's: weights stay where the file maps them */
+    void *(*alloc)(void *ctx, size_t bytes); /* zeroed, aligned to 256; NULL: none left */
+    void  (*release)(void *ctx, void *p);
+    void  (*put)(void *ctx, void *to, const void *from_host, size_t bytes); /* from_host may change on return */
+    void  (*get)(void *ctx, void *to_host, const void *from, size_t bytes);
+    void  (*zero)(void *ctx, void *to, size_t bytes);
+    void  (*memory)(void *ctx, size_t *free_bytes, size_t *total_bytes);
+    /* Ops have no status of their own: what went wrong since the last call, known so far (all, after a get).
+     * KNE_ERR_NOMEM is over with it; after KNE_ERR_DEVICE the device is lost to this process. */
+    kne_status (*status)(void *ctx, kne_err *err);
 
     /* ---- matrix products ---- */
     /* y[n, out] = beta y + x[n, in] W^T (+ bias): Linear forward, W in its file's format, either orientation. */
@@ -94,13 +107,17 @@ struct kne_backend
      * dlogits = coef[r] * (softmax - exp(ref_logp)): the gradient of coef * kl. */
     void (*kl)(void *ctx, float *kl, float *dlogits, const float *logits, const float *ref_logp,
                const float *coef, int64_t n, int64_t v);
-    void (*log_softmax)(void *ctx, float *logp, const float *logits, int64_t n, int64_t v);
+    void (*log_softmax)(void *ctx, float *logp, const float *logits, int64_t n, int64_t v); /* logp may be logits */
 
     /* ---- ensembles ---- */
     void (*gather_cols)(void *ctx, float *y, const float *x, int64_t ldx, const int32_t *col, int64_t n,
                         int64_t n_col); /* y[n, n_col] = x[:, col] */
     void (*scatter_cols)(void *ctx, float *x, int64_t ldx, const float *y, const int32_t *col, int64_t n,
                          int64_t n_col, bool add); /* x[:, col] = or += y */
+    void (*gather_rows)(void *ctx, float *y, const float *x, const int32_t *row, int64_t n_row,
+                        int64_t d); /* y[n_row, d] = x[row, :] */
+    void (*scatter_rows)(void *ctx, float *x, const float *y, const int32_t *row, int64_t n_row,
+                         int64_t d); /* x[row, :] += y; rows distinct */
     /* score[f] += sum over rows r of coef[r] * a[r, :] * u[r, :] */
     void (*score)(void *ctx, float *score, const float *a, const float *u, const float *coef, int64_t n,
                   int64_t f);

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Below so many multiply-adds a product stays on the caller: a hand-off costs about a microsecond. */
 #define SPLIT_MIN 300000.0
@@ -133,6 +134,50 @@ matmul_tn(void *ctx, float *c, int64_t ldc, const float *a, int64_t lda, const f
     gemm_nn(ctx, &g, p, m);
 }
 
+/* ---- memory: the host's ---- */
+
+static void *
+cpu_alloc(void *ctx, size_t bytes)
+{
+    size_t size = bytes ? (bytes + 255) & ~(size_t) 255 : 256;
+    void  *p = size >= bytes ? aligned_alloc(256, size) : NULL;
+
+    return p ? memset(p, 0, size) : NULL;
+}
+
+static void
+cpu_release(void *ctx, void *p)
+{
+    free(p);
+}
+
+static void
+cpu_copy(void *ctx, void *to, const void *from, size_t bytes)
+{
+    memcpy(to, from, bytes);
+}
+
+static void
+cpu_zero(void *ctx, void *to, size_t bytes)
+{
+    memset(to, 0, bytes);
+}
+
+static void
+cpu_memory(void *ctx, size_t *free_bytes, size_t *total_bytes)
+{
+    long page = sysconf(_SC_PAGESIZE);
+
+    *free_bytes = (size_t) (sysconf(_SC_AVPHYS_PAGES) * page);
+    *total_bytes = (size_t) (sysconf(_SC_PHYS_PAGES) * page);
+}
+
+static kne_status
+cpu_status(void *ctx, kne_err *err)
+{
+    return KNE_OK;
+}
+
 /* ---- instruction sets ---- */
 
 typedef struct isa_row
@@ -215,6 +260,13 @@ kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *
              cpu->n_threads == 1 ? "" : "s");
     cpu->be.name = cpu->name;
     cpu->be.ctx = cpu;
+    cpu->be.host = true;
+    cpu->be.alloc = cpu_alloc;
+    cpu->be.release = cpu_release;
+    cpu->be.put = cpu->be.get = cpu_copy;
+    cpu->be.zero = cpu_zero;
+    cpu->be.memory = cpu_memory;
+    cpu->be.status = cpu_status;
     cpu->be.linear = linear;
     cpu->be.linear_bwd = linear_bwd;
     cpu->be.matmul_tn = matmul_tn;

@@ -261,6 +261,39 @@ scatter_cols(void *ctx, kne_real *x, int64_t ldx, const kne_real *y, const int32
     SPLIT(scatter, n, 2 + 1.0 * (double) n_col, 1, x, ldx, y, col, n_col, add_to);
 }
 
+OP_ARGS(pick, kne_real *y; const kne_real *x; const int32_t *row; int64_t d;)
+
+static void
+pick_rows(const pick_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+        memcpy(a->y + r * a->d, a->x + a->row[r] * a->d, (size_t) a->d * sizeof(kne_real));
+}
+OP_TASK(pick)
+
+static void
+pick(void *ctx, kne_real *y, const kne_real *x, const int32_t *row, int64_t n_row, int64_t d)
+{
+    SPLIT(pick, n_row, 2 + 0.1 * (double) d, 1, y, x, row, d);
+}
+
+OP_ARGS(spread, kne_real *x; const kne_real *y; const int32_t *row; int64_t d;)
+
+static void
+spread_rows(const spread_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+        for (int64_t i = 0; i < a->d; i++)
+            a->x[a->row[r] * a->d + i] += a->y[r * a->d + i];
+}
+OP_TASK(spread)
+
+static void
+spread(void *ctx, kne_real *x, const kne_real *y, const int32_t *row, int64_t n_row, int64_t d)
+{
+    SPLIT(spread, n_row, 2 + 0.15 * (double) d, 1, x, y, row, d);
+}
+
 OP_ARGS(score, kne_real *score; const kne_real *a; const kne_real *u; const kne_real *coef;
         int64_t n; int64_t f;)
 

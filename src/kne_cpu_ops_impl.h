@@ -306,6 +306,8 @@ KNE_OPS_FILL(kne_backend *be)
     be->log_softmax = log_softmax;
     be->gather_cols = gather_cols;
     be->scatter_cols = scatter_cols;
+    be->gather_rows = pick;
+    be->scatter_rows = spread;
     be->score = score;
     be->gather_neurons = gather_neurons;
 }

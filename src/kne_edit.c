@@ -97,6 +97,7 @@ end(batch *b, kne_status st, kne_edit_result **out)
 {
     kne_arena_free(&b->text);
     kne_arena_free(&b->run);
+    kne_device_free(&b->dev, b->job->backend);
     kne_ref_cache_free(b->cache);
     if (b->result && b->result->impl)
         ((owned *) b->result->impl)->plan = b->plan;

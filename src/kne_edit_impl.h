@@ -5,6 +5,7 @@
 #ifndef KNE_EDIT_IMPL_H
 #define KNE_EDIT_IMPL_H
 
+#include "kne_device.h"
 #include "kne_edit.h"
 #include "kne_pack.h"
 #include "kne_ref.h"
@@ -35,6 +36,8 @@ typedef struct edit
     int32_t             *place;    /* (n) row in the union overlay of the layer */
     int32_t             *mine;     /* (n) row in the anchors' gradient */
     float               *delta[N_MATRICES], *grad[N_MATRICES], *mean[N_MATRICES], *var[N_MATRICES]; /* (n, d) or NULL */
+    int32_t             *dev_index; /* (n) of the device: the neuron within its layer */
+    float               *dev_grad[N_MATRICES]; /* (n, d) of the device */
     double             **chol;     /* (L) factor of the metric, NULL where the layer has no neuron */
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
@@ -50,6 +53,8 @@ typedef struct shared_rows
     float   *base[N_MATRICES];   /* (n, d) the file's rows */
     float   *before[N_MATRICES]; /* (n, d) base + the view's deltas */
     float   *eff[N_MATRICES];    /* (n, d) what the graph takes: difference for down, effective for keys */
+    int32_t *dev_neuron;         /* both again, on the device */
+    float   *dev_eff[N_MATRICES];
     int32_t  n, max_layer;
     kne_overlay_layer *layer;    /* (L) */
     kne_overlay        overlay;
@@ -63,11 +68,13 @@ typedef struct anchor_set
 {
     int32_t  n, n_rows, n_outs;
     int32_t *known;            /* (n) indices in batch.known, the nearest of every edit first */
-    float  **logp;             /* (n) -> (tokens of its object, V), the reference */
+    float  **logp;             /* (n) -> (tokens of its object, V), the reference; of the device, one after another */
     double   outs_an_edit;     /* positions that an edit brought along, on average: what a mean over anchors means */
     int32_t  n_neurons, widest; /* in all layers, in one */
     int32_t *from, *neuron;    /* (L + 1), (n_neurons) ascending within a layer */
     float   *grad[N_MATRICES]; /* (n_neurons, d): of the sum of their divergences */
+    int32_t *dev_neuron;       /* both again, on the device */
+    float   *dev_grad[N_MATRICES];
     int32_t  first, last;      /* those in the current pass, whose rows and out rows come first */
     int32_t  rows;
     double   loss;             /* sum of the divergences in this round */
@@ -78,7 +85,7 @@ typedef struct batch
     const kne_edit_job *job;
     kne_options         opt;     /* layer_max resolved */
     kne_edit_result    *result;
-    kne_arena           text, run; /* tokens; the optimiser's state */
+    kne_arena           text, run, dev; /* tokens; the optimiser's state; what of it is on the device */
     kne_arena           plan;      /* ensembles: the result keeps it */
     kne_ref_cache      *cache;     /* where the job brings none */
     edit               *edit;
@@ -98,7 +105,7 @@ typedef struct batch
     kne_work           *work;
     float              *logp, *coef, *kl; /* (max_out) */
     int32_t            *best;
-    float              *gathered; /* (max rows of a pass, largest layer share of an ensemble) */
+    float              *gathered; /* (max rows of a pass, largest layer share of an ensemble) of the device */
     double             *column;
     edit              **turn;    /* (n_edits) the edits of the current pass */
     int32_t             n_turn;

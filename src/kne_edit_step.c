@@ -43,7 +43,7 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
         memset(mark, 0, (size_t) L * (size_t) f * sizeof *mark);
         for (int32_t l = 0; l < L; l++)
             for (int32_t i = 0; i < job->view->layer[l].n; i++)
-                mark[l * f + job->view->layer[l].neuron[i]] = 1;
+                mark[l * f + job->view->neuron[l][i]] = 1;
         for (int32_t i = 0; i < job->n_edits; i++)
             for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
                 mark[b->edit[i].index[j]] = 2;
@@ -69,12 +69,17 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
 
     u->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *u->from);
     u->neuron = kne_arena_take(&b->run, (size_t) u->n, sizeof *u->neuron);
+    u->dev_neuron = kne_arena_take(&b->dev, (size_t) u->n, sizeof *u->dev_neuron);
     u->layer = kne_arena_take(&b->run, (size_t) L, sizeof *u->layer);
     a->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *a->from);
     a->neuron = kne_arena_take(&b->run, (size_t) a->n_neurons, sizeof *a->neuron);
+    a->dev_neuron = kne_arena_take(&b->dev, (size_t) a->n_neurons, sizeof *a->dev_neuron);
     for (int k = 0; k < N_MATRICES; k++)
         if (b->moves[k] && b->opt.beta > 0)
+        {
             a->grad[k] = kne_arena_take(&b->run, (size_t) a->n_neurons * (size_t) d, sizeof(float));
+            a->dev_grad[k] = kne_arena_take(&b->dev, (size_t) a->n_neurons * (size_t) d, sizeof(float));
+        }
     for (int k = 0; k < N_MATRICES; k++)
     {
         bool key = k != KNE_MATRIX_DOWN; /* keys go together: both of a gated FFN or none */
@@ -86,6 +91,7 @@ union_layout(batch *b, int32_t *mark, kne_err *err)
         u->base[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
         u->before[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
         u->eff[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
+        u->dev_eff[k] = kne_arena_take(&b->dev, (size_t) u->n * (size_t) d, sizeof(float));
     }
     return KNE_OK;
 }
@@ -113,10 +119,12 @@ union_fill(batch *b, int32_t *mark)
                 u->neuron[n] = k;
                 mark[l * f + k] = n++; /* now: its row */
             }
-        u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->neuron + u->from[l]};
+        u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->dev_neuron + u->from[l]};
     }
     u->from[L] = n;
     a->from[L] = mine;
+    kne_device_put(job->backend, u->dev_neuron, u->neuron, (size_t) n * sizeof *u->neuron);
+    kne_device_put(job->backend, a->dev_neuron, a->neuron, (size_t) mine * sizeof *a->neuron);
     u->overlay.layer = u->layer;
     for (int32_t i = 0; i < job->n_edits; i++)
     {
@@ -140,9 +148,9 @@ union_fill(batch *b, int32_t *mark)
         {
             const kne_mat *w = matrix_of(&m->layer[l], k);
             size_t         at = (size_t) u->from[l] * (size_t) d;
-            float         *eff = u->eff[k] + at;
+            float         *eff = u->dev_eff[k] + at;
 
-            job->backend->gather_neurons(job->backend->ctx, u->base[k] + at, w, (k == KNE_MATRIX_DOWN) != w->transposed,
+            job->backend->gather_neurons(job->backend->ctx, eff, w, (k == KNE_MATRIX_DOWN) != w->transposed,
                                          u->layer[l].neuron, u->layer[l].n);
             if (k == KNE_MATRIX_DOWN)
                 u->layer[l].value_diff = eff;
@@ -151,6 +159,7 @@ union_fill(batch *b, int32_t *mark)
             else
                 u->layer[l].up = eff;
         }
+        job->backend->get(job->backend->ctx, u->base[k], u->dev_eff[k], (size_t) u->n * (size_t) d * sizeof(float));
         memcpy(u->before[k], u->base[k], (size_t) u->n * (size_t) d * sizeof(float));
     }
     for (int32_t i = 0; i < job->view->n_edits; i++) /* ascending edit_id, as kne_view sums them */
@@ -204,6 +213,7 @@ compose(batch *b)
                 u->eff[k][i] = k == KNE_MATRIX_DOWN ? eff - u->base[k][i] : eff;
             }
         }
+        kne_device_put(b->job->backend, u->dev_eff[k], u->eff[k], (size_t) u->n * (size_t) d * sizeof(float));
     }
 }
 
@@ -286,6 +296,7 @@ layout(batch *b)
         outs = e->n_outs > outs ? e->n_outs : outs;
         total += e->n_rows;
         total_outs += e->n_outs;
+        e->dev_index = kne_arena_take(&b->dev, (size_t) e->n, sizeof *e->dev_index);
         if (b->opt.step == KNE_STEP_PROTECTED)
             e->chol = kne_arena_take(&b->run, (size_t) L, sizeof *e->chol);
         for (int32_t l = 0; l < L; l++)
@@ -304,19 +315,24 @@ layout(batch *b)
 
                 e->delta[k] = kne_arena_take(&b->run, n, sizeof(float));
                 e->grad[k] = kne_arena_take(&b->run, n, sizeof(float));
+                e->dev_grad[k] = kne_arena_take(&b->dev, n, sizeof(float));
                 e->mean[k] = kne_arena_take(&b->run, n, sizeof(float));
                 if (b->opt.step == KNE_STEP_ADAM)
                     e->var[k] = kne_arena_take(&b->run, n, sizeof(float));
             }
     }
+    float *logp = kne_arena_take(&b->dev, (size_t) a->n_outs, (size_t) arch->vocab_size * sizeof *logp);
+
     a->logp = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->logp);
     for (int32_t i = 0; i < a->n; i++)
     {
         const kne_tokens *t = &b->known[a->known[i]];
-        float            *p = kne_arena_take(&b->run, (size_t) (t->n - t->n_prompt) * (size_t) arch->vocab_size, sizeof *p);
 
         if (a->logp)
-            a->logp[i] = p;
+        {
+            a->logp[i] = logp;
+            logp += (size_t) (t->n - t->n_prompt) * (size_t) arch->vocab_size;
+        }
         rows = t->n > rows ? t->n : rows;
         outs = t->n - t->n_prompt > outs ? t->n - t->n_prompt : outs;
     }
@@ -329,7 +345,7 @@ layout(batch *b)
     b->coef = kne_arena_take(&b->run, (size_t) outs, sizeof *b->coef);
     b->kl = kne_arena_take(&b->run, (size_t) outs, sizeof *b->kl);
     b->best = kne_arena_take(&b->run, (size_t) outs, sizeof *b->best);
-    b->gathered = kne_arena_take(&b->run, (size_t) rows * (size_t) widest, sizeof *b->gathered);
+    b->gathered = kne_arena_take(&b->dev, (size_t) rows * (size_t) widest, sizeof *b->gathered);
     b->column = kne_arena_take(&b->run, (size_t) widest * KNE_METRIC_COLUMNS, sizeof *b->column);
 }
 
@@ -362,8 +378,8 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
     for (int k = 0; n_a && k < N_MATRICES; k++)
         if (b->moves[k])
         {
-            be->gather_cols(be->ctx, b->gathered, left[k], f, a->neuron + a0, a->rows, n_a);
-            be->matmul_tn(be->ctx, a->grad[k] + (size_t) a0 * (size_t) d, d, b->gathered, n_a, right[k], d, n_a, d,
+            be->gather_cols(be->ctx, b->gathered, left[k], f, a->dev_neuron + a0, a->rows, n_a);
+            be->matmul_tn(be->ctx, a->dev_grad[k] + (size_t) a0 * (size_t) d, d, b->gathered, n_a, right[k], d, n_a, d,
                           a->rows, 1);
         }
     for (int32_t i = 0; i < b->n_turn; i++)
@@ -378,8 +394,8 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
             if (!b->moves[k])
                 continue;
             be->gather_cols(be->ctx, b->gathered, left[k] + (size_t) e->row0 * (size_t) f, f,
-                            e->index + from, t, n);
-            be->matmul_tn(be->ctx, e->grad[k] + (size_t) from * (size_t) d, d, b->gathered, n,
+                            e->dev_index + from, t, n);
+            be->matmul_tn(be->ctx, e->dev_grad[k] + (size_t) from * (size_t) d, d, b->gathered, n,
                           right[k] + (size_t) e->row0 * (size_t) d, d, n, d, t, 0);
         }
     }
@@ -395,6 +411,51 @@ anchor_weight(const batch *b, const edit *e)
     return b->anchors.n ? b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps) / b->anchors.outs_an_edit : 0;
 }
 
+/* w->dlogits: of the divergence of the anchors packed, whose sum goes to the round's loss, and of -log P of the edits. */
+static kne_status
+loss_gradient(batch *b, kne_err *err)
+{
+    kne_backend  *be = b->job->backend;
+    kne_work     *w = b->work;
+    const int32_t V = b->job->model->arch.vocab_size;
+    anchor_set   *a = &b->anchors;
+    const int32_t n_kl = b->n_turn ? b->turn[0]->out0 : b->pack.b.n_out; /* out rows of the anchors */
+
+    for (int32_t k = 0; k < n_kl; k++)
+        b->coef[k] = 1;
+    kne_device_put(be, w->coef, b->coef, (size_t) b->pack.b.n_out * sizeof *b->coef);
+    if (n_kl)
+        be->kl(be->ctx, w->kl, w->dlogits, w->logits, a->logp[a->first], w->coef, n_kl, V);
+    if (b->pack.b.n_out > n_kl)
+        be->logprob(be->ctx, w->logp + n_kl, NULL, w->dlogits + (size_t) n_kl * (size_t) V,
+                    w->logits + (size_t) n_kl * (size_t) V, w->target + n_kl, w->coef + n_kl, b->pack.b.n_out - n_kl, V);
+    be->get(be->ctx, b->kl, w->kl, (size_t) n_kl * sizeof *b->kl);
+    for (int32_t k = 0; k < n_kl; k++)
+        a->loss += b->kl[k];
+    return be->status(be->ctx, err);
+}
+
+/* What backward left on the device. */
+static kne_status
+fetch_gradients(batch *b, kne_err *err)
+{
+    kne_backend  *be = b->job->backend;
+    const size_t  row = (size_t) b->job->model->arch.d_model * sizeof(float);
+    anchor_set   *a = &b->anchors;
+
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        if (!b->moves[k])
+            continue;
+        if (a->rows)
+            be->get(be->ctx, a->grad[k], a->dev_grad[k], (size_t) a->n_neurons * row);
+        for (int32_t i = 0; i < b->n_turn; i++)
+            if (b->turn[i]->state == EDIT_ACTIVE)
+                be->get(be->ctx, b->turn[i]->grad[k], b->turn[i]->dev_grad[k], (size_t) b->turn[i]->n * row);
+    }
+    return be->status(be->ctx, err);
+}
+
 /*
  * One forward pass over the packed anchors and the edits in b->turn, with the losses; where learn is set, also the gradient of
  * those that are not reached. Sets e->loss and moves edits between ACTIVE and REACHED.
@@ -404,29 +465,15 @@ run_pass(batch *b, bool learn, kne_err *err)
 {
     const kne_edit_job *job = b->job;
     kne_backend        *be = job->backend;
-    kne_work           *w = b->work;
-    const int32_t       V = job->model->arch.vocab_size;
     anchor_set         *a = &b->anchors;
     bool                any = a->last > a->first;
 
     /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
-    KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL,
+    KNE_TRY(kne_forward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL,
                         b->pass_key == b->last_key ? b->lowest : 0, err));
     b->last_key = b->pass_key;
-    be->logprob(be->ctx, b->logp, b->best, NULL, w->logits, b->pack.target, NULL, b->pack.b.n_out, V);
-    for (int32_t i = a->first, out = 0; i < a->last; i++)
-    {
-        const kne_tokens *t = &b->known[a->known[i]];
-        int32_t           s = t->n - t->n_prompt;
-
-        for (int32_t k = 0; k < s; k++)
-            b->coef[out + k] = 1;
-        be->kl(be->ctx, b->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
-               a->logp[i], b->coef + out, s, V);
-        for (int32_t k = 0; k < s; k++)
-            a->loss += b->kl[out + k];
-        out += s;
-    }
+    kne_work_logprob(be, b->work, 0, b->pack.b.n_out, job->model->arch.vocab_size, b->pack.target, NULL, b->logp, b->best);
+    KNE_TRY(be->status(be->ctx, err));
     for (int32_t i = 0; i < b->n_turn; i++)
     {
         edit   *e = b->turn[i];
@@ -440,15 +487,15 @@ run_pass(batch *b, bool learn, kne_err *err)
             e->loss -= b->logp[out + k] / e->n_outs;
             b->coef[out + k] = e->state == EDIT_ACTIVE ? -1.0f / (float) e->n_outs : 0; /* nothing once it has arrived */
         }
-        if (learn)
-            be->logprob(be->ctx, b->logp + out, NULL, w->dlogits + (size_t) out * (size_t) V,
-                        w->logits + (size_t) out * (size_t) V, b->pack.target + out, b->coef + out, e->n_outs, V);
-        e->loss += anchor_weight(b, e) * a->loss;
     }
-    if (learn && any)
-        KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->lowest,
-                             collect_gradient, b, err));
-    return KNE_OK;
+    if (learn)
+        KNE_TRY(loss_gradient(b, err));
+    for (int32_t i = 0; i < b->n_turn; i++)
+        b->turn[i]->loss += anchor_weight(b, b->turn[i]) * a->loss;
+    if (!learn || !any)
+        return KNE_OK;
+    KNE_TRY(kne_backward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL, b->lowest, collect_gradient, b, err));
+    return fetch_gradients(b, err);
 }
 
 static void
@@ -640,7 +687,13 @@ prepare_edits(batch *b)
         }
     }
     for (int32_t i = 0; i < b->job->n_edits; i++)
-        b->edit[i].w_norm = sqrt(b->edit[i].w_norm);
+    {
+        edit *e = &b->edit[i];
+
+        e->w_norm = sqrt(e->w_norm);
+        if (e->state != EDIT_ENDED)
+            kne_device_put(b->job->backend, e->dev_index, e->index, (size_t) e->n * sizeof *e->index);
+    }
 }
 
 static void
@@ -689,6 +742,8 @@ kne_batch_optimise(batch *b, kne_err *err)
         layout(b);
         if (turn == 0)
             st = kne_arena_commit(&b->run, err);
+        if (turn == 0 && st == KNE_OK)
+            st = kne_device_commit(&b->dev, job->backend, err);
     }
     if (st == KNE_OK)
         st = kne_work_new(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true},
@@ -735,8 +790,9 @@ kne_batch_optimise(batch *b, kne_err *err)
 
         b->anchors.loss = 0;
         for (int k = 0; k < N_MATRICES; k++)
-            if (b->anchors.grad[k])
-                memset(b->anchors.grad[k], 0, (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
+            if (b->anchors.dev_grad[k])
+                job->backend->zero(job->backend->ctx, b->anchors.dev_grad[k],
+                                   (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
         /* the anchors first, then the edits that take their gradient; all in one pass where there is room */
         while (st == KNE_OK && (next < job->n_edits || next_anchor < b->anchors.n))
         {

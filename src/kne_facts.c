@@ -88,7 +88,8 @@ score_pass(const kne_model *m, kne_backend *be, const kne_view *view, kne_work *
     const int32_t V = m->arch.vocab_size;
 
     KNE_TRY(kne_forward(m, be, work, &pack->b, view ? &view->overlay : NULL, NULL, 0, err));
-    be->logprob(be->ctx, lp, best, NULL, work->logits, pack->target, NULL, pack->b.n_out, V);
+    kne_work_logprob(be, work, 0, pack->b.n_out, V, pack->target, NULL, lp, best);
+    KNE_TRY(be->status(be->ctx, err));
     for (int32_t i = from, o = 0; i < to; i++)
     {
         int32_t s = fact[i].n - fact[i].n_prompt;

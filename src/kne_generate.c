@@ -92,7 +92,6 @@ kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const i
     for (int32_t i = 0, past = 0; st == KNE_OK && i < steps; i++)
     {
         int32_t   n = i ? 1 : n_prompt, last = n - 1, target = 0;
-        float     coef = 0.0f, logp;
         kne_seq   seq = {.q0 = 0, .q_len = n, .kv0 = 0, .kv_len = past + n};
         kne_batch b = {
             .n = n, .n_seq = 1, .n_out = 1, .id = i ? &next : prompt, .pos = i ? &past : pos,
@@ -105,7 +104,9 @@ kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const i
             st = kne_forward_cached(m, be, w, &b, ov, NULL, 0, past, err);
         if (st != KNE_OK)
             break;
-        be->logprob(be->ctx, &logp, &next, NULL, w->logits, &target, &coef, 1, n_known);
+        kne_work_logprob(be, w, 0, 1, n_known, &target, NULL, NULL, &next);
+        if ((st = be->status(be->ctx, err)) != KNE_OK)
+            break;
         if (next == m->arch.eos_id)
             break;
         out->id[out->n++] = next;

@@ -14,10 +14,11 @@ kne_graph_check(const kne_pass *p, kne_err *err)
     const kne_work  *w = p->w;
     int32_t          max_kv = p->s->max_kv ? p->s->max_kv : w->max_n;
 
-    if (b->n < 1 || b->n > w->max_n || b->n_out < 0 || b->n_out > w->max_out)
+    if (b->n < 1 || b->n > w->max_n || b->n_out < 0 || b->n_out > w->max_out || b->n_seq < 0 ||
+        b->n_seq > w->max_n)
         return kne_error(err, KNE_ERR_INTERNAL,
-                         "batch of %d rows, %d out, in a workspace for %d and %d", b->n, b->n_out,
-                         w->max_n, w->max_out);
+                         "batch of %d rows, %d sequences, %d out, in a workspace for %d and %d",
+                         b->n, b->n_seq, b->n_out, w->max_n, w->max_out);
     for (int32_t i = 0; i < b->n_seq; i++)
     {
         const kne_seq *q = &b->seq[i];
@@ -87,7 +88,7 @@ rope(const kne_pass *p, float *x, int32_t n_heads)
 
     if (a->position != KNE_POS_LEARNED)
         p->be->rope(p->be->ctx, x, (int64_t) n_heads * a->head_dim, m->rope_cos, m->rope_sin,
-                    p->b->pos, p->b->n, n_heads, a->head_dim, a->rotary_dim,
+                    p->s->pos, p->b->n, n_heads, a->head_dim, a->rotary_dim,
                     a->position == KNE_POS_ROPE_INTERLEAVED, 1.0f);
 }
 
@@ -216,14 +217,23 @@ head_forward(const kne_pass *p)
 
     if (b->n_out == 0)
         return;
-    for (int32_t i = 0, run; i < b->n_out; i += run)
-    {
-        run = kne_graph_run(b, i);
-        norm(p, s->final_h + i * d, s->final_mean + i, s->final_rstd + i,
-             p->w->x + b->out_row[i] * d, m->final_norm_w, m->final_norm_b, run);
-    }
+    p->be->gather_rows(p->be->ctx, s->final_x, p->w->x, s->out_row, b->n_out, d);
+    norm(p, s->final_h, s->final_mean, s->final_rstd, s->final_x, m->final_norm_w, m->final_norm_b,
+         b->n_out);
     p->be->linear(p->be->ctx, p->w->logits, m->arch.vocab_size, s->final_h, d, &m->head, m->head_b,
                   b->n_out, 0.0f);
+}
+
+static void
+put_batch(const kne_pass *p)
+{
+    const kne_batch     *b = p->b;
+    const kne_work_impl *s = p->s;
+
+    kne_device_put(p->be, s->id, b->id, (size_t) b->n * sizeof *b->id);
+    kne_device_put(p->be, s->pos, b->pos, (size_t) b->n * sizeof *b->pos);
+    kne_device_put(p->be, s->seq, b->seq, (size_t) b->n_seq * sizeof *b->seq);
+    kne_device_put(p->be, s->out_row, b->out_row, (size_t) b->n_out * sizeof *b->out_row);
 }
 
 kne_status
@@ -238,13 +248,14 @@ kne_forward_cached(const kne_model *m, kne_backend *be, kne_work *w, const kne_b
     KNE_TRY(kne_graph_check(&p, err));
     if (first_layer < 0 || first_layer >= m->arch.n_layers || (first_layer > 0 && !w->keep))
         return kne_error(err, KNE_ERR_INTERNAL, "cannot start at layer %d", first_layer);
+    put_batch(&p);
     if (first_layer == 0)
         be->embed(be->ctx, w->layer[0].x_in, &m->embed, m->pos_embed.data ? &m->pos_embed : NULL,
-                  b->id, b->pos, b->n);
+                  p.s->id, p.s->pos, b->n);
     for (int32_t l = first_layer; l < m->arch.n_layers; l++)
         layer_forward(&p, l);
     head_forward(&p);
-    return KNE_OK;
+    return be->status(be->ctx, err);
 }
 
 kne_status

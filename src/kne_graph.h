@@ -26,7 +26,7 @@ typedef struct kne_batch
 /*
  * Edited neurons of one layer, ascending. value_diff: effective minus base
  * value vectors (columns of W_down), NULL: none edited. gate, up: effective key
- * vectors, which replace the base's results; NULL: not edited (both or neither where gated).
+ * vectors, which replace the base's results; NULL: not edited (both or neither where gated). Of the device.
  */
 typedef struct kne_overlay_layer
 {
@@ -60,13 +60,15 @@ typedef struct kne_saved
  */
 typedef struct kne_work
 {
-    kne_arena  arena;
+    kne_arena  arena;    /* of the model's device, as all it holds */
     int32_t    max_n, max_out, max_overlay;
     bool       keep;
     kne_saved *layer;    /* (L) */
     float     *x;        /* (max_n, d) the residual stream; after forward: before the final norm */
     float     *logits;   /* (max_out, V) */
     float     *dlogits;  /* (max_out, V), keep only: filled by the caller before backward */
+    int32_t   *target, *best;     /* (max_out) for the losses on its rows: kne_work_logprob, kne_work_kl */
+    float     *coef, *logp, *kl;
     void      *impl;
 } kne_work;
 
@@ -77,8 +79,19 @@ typedef struct kne_work_shape
     bool    keep;
 } kne_work_shape;
 
+/* In the memory of the device that the model is bound to. */
 kne_status kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err);
 void       kne_work_free(kne_work *w);
+
+/*
+ * logp and best (either may be NULL) of n rows of w->logits from row `from` on, and with coef (n) their
+ * w->dlogits: the backend's logprob, from and to the host. v: columns that count, V unless n is 1.
+ */
+void kne_work_logprob(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const int32_t *target,
+                      const float *coef, float *logp, int32_t *best);
+/* The backend's kl, likewise; ref_logp (n, v) is the device's. */
+void kne_work_kl(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const float *ref_logp,
+                 const float *coef, float *kl);
 
 /*
  * What the visitor is shown after the FFN's backward of one layer, top to bottom.
@@ -100,7 +113,7 @@ typedef void (*kne_ffn_visitor)(void *ctx, const kne_ffn_grad *g);
 /*
  * Forward from first_layer (0: from the embedding; > 0: from work->layer[first_layer].x_in
  * as an earlier pass over the same batch left it) to the logits of out rows.
- * alpha: NULL, or L pointers, each NULL or (n): a factor for the layer's FFN output of each row, bias excluded.
+ * alpha: NULL, or L pointers, each NULL or (n) of the device: a factor for the layer's FFN output of each row, bias excluded.
  * Sizes are checked against the workspace (KNE_ERR_INTERNAL); ids and positions are the caller's duty.
  */
 kne_status kne_forward(const kne_model *m, kne_backend *be, kne_work *w, const kne_batch *b,

@@ -36,19 +36,15 @@ head_bwd(const kne_pass *p)
     const kne_batch     *b = p->b;
     int64_t              d = m->arch.d_model;
 
-    kne_graph_zero(s->dx, b->n * d);
+    kne_graph_zero(p, s->dx, b->n * d);
     if (b->n_out == 0)
         return;
     p->be->linear_bwd(p->be->ctx, s->final_h, d, p->w->dlogits, m->arch.vocab_size, &m->head,
                       b->n_out, 0.0f);
-    for (int32_t i = 0, run; i < b->n_out; i += run)
-    {
-        int64_t at = b->out_row[i] * d;
-
-        run = kne_graph_run(b, i);
-        norm_bwd(p, s->dx + at, s->final_h + i * d, p->w->x + at, s->final_mean + i,
-                 s->final_rstd + i, m->final_norm_w, run);
-    }
+    kne_graph_zero(p, s->final_dx, b->n_out * d);
+    norm_bwd(p, s->final_dx, s->final_h, s->final_x, s->final_mean, s->final_rstd, m->final_norm_w,
+             b->n_out);
+    p->be->scatter_rows(p->be->ctx, s->dx, s->final_dx, s->out_row, b->n_out, d);
 }
 
 /*
@@ -66,7 +62,7 @@ edited_keys_bwd(const kne_pass *p, const kne_overlay_layer *e, float *dh, float 
     p->be->gather_cols(p->be->ctx, p->s->edit, dy, f, e->neuron, n, e->n);
     linear_bwd(p, dh, p->s->edit, &rows, d, e->n, *beta);
     *beta = 1.0f;
-    kne_graph_zero(p->s->edit, n * e->n);
+    kne_graph_zero(p, p->s->edit, n * e->n);
     p->be->scatter_cols(p->be->ctx, dy, f, p->s->edit, e->neuron, n, e->n, false);
 }
 
@@ -132,11 +128,11 @@ head_norm_bwd(const kne_pass *p, float *dx, float *dx_raw, const float *raw, con
 
     if (a->position != KNE_POS_LEARNED)
         p->be->rope(p->be->ctx, dx, (int64_t) n_heads * a->head_dim, m->rope_cos, m->rope_sin,
-                    p->b->pos, n, n_heads, a->head_dim, a->rotary_dim,
+                    p->s->pos, n, n_heads, a->head_dim, a->rotary_dim,
                     a->position == KNE_POS_ROPE_INTERLEAVED, -1.0f);
     if (!a->qk_norm)
         return dx;
-    kne_graph_zero(dx_raw, n * n_heads * a->head_dim);
+    kne_graph_zero(p, dx_raw, n * n_heads * a->head_dim);
     p->be->rmsnorm_bwd(p->be->ctx, dx_raw, dx, raw, rstd, norm_w, n * n_heads, a->head_dim);
     return dx_raw;
 }
@@ -208,5 +204,5 @@ kne_backward(const kne_model *m, kne_backend *be, kne_work *w, const kne_batch *
             norm_bwd(&p, s->dx, s->dh2, v->x_in, v->mean2, v->rstd2, t->norm2_w, n);
         norm_bwd(&p, s->dx, s->dh1, v->x_in, v->mean1, v->rstd1, t->norm1_w, n);
     }
-    return KNE_OK;
+    return be->status(be->ctx, err);
 }

@@ -2,20 +2,21 @@
  * kne_graph_impl.h - private to the graph: what a workspace holds beyond
  * kne_graph.h, and the small helpers that forward and backward share.
  *
- * Contract: the passes touch activations through the op table only, but for
- * kne_graph_zero; they allocate nothing.
+ * Contract: the passes touch activations through the op table only; they allocate nothing.
  */
 #ifndef KNE_GRAPH_IMPL_H
 #define KNE_GRAPH_IMPL_H
 
+#include "kne_device.h"
 #include "kne_graph.h"
-
-#include <string.h>
 
 /* n: max_n; K = n_heads head_dim; Kv = n_kv_heads head_dim. */
 typedef struct kne_work_impl
 {
     int32_t max_kv;          /* rows of each layer's K and V */
+    kne_backend *device;     /* that the workspace lives on; NULL: the host */
+    int32_t *id, *pos, *out_row; /* (n), (n), (max_out) the batch, on the device */
+    kne_seq *seq;            /* (n) */
     /* forward */
     float   *y;              /* (n, d) a branch on its way into the residual stream */
     float   *qkv;            /* (n, 3 K) the product of a per-head layout; backward: its gradient */
@@ -23,10 +24,12 @@ typedef struct kne_work_impl
     float   *ones;           /* (n) */
     float   *edit;           /* (n, max_overlay) columns of edited neurons */
     float   *edit_bias;      /* (max_overlay) */
+    float   *final_x;        /* (max_out, d) the out rows of x */
     float   *final_h;        /* (max_out, d); backward: its gradient */
     float   *final_mean, *final_rstd; /* (max_out) */
     /* backward, keep only */
     float   *dx;             /* (n, d) at the residual stream */
+    float   *final_dx;       /* (max_out, d) its out rows */
     float   *dh1, *dh2;      /* (n, d) at the norms' outputs; one buffer where there is one norm */
     float   *u;              /* (n, f) */
     float   *dgate, *dup;    /* (n, f); dgate NULL without a gate */
@@ -61,12 +64,18 @@ static inline kne_attn_shape
 kne_graph_attn_shape(const kne_pass *p)
 {
     const kne_arch *a = &p->m->arch;
-
-    return (kne_attn_shape) {
+    kne_attn_shape  s = {
         .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads, .head_dim = a->head_dim,
-        .n_seq = p->b->n_seq, .seq = p->b->seq,
+        .n_seq = p->b->n_seq, .seq = p->s->seq,
         .scale = 1.0f / __builtin_sqrtf((float) a->head_dim),
     };
+
+    for (int32_t i = 0; i < p->b->n_seq; i++)
+    {
+        s.max_q = p->b->seq[i].q_len > s.max_q ? p->b->seq[i].q_len : s.max_q;
+        s.max_kv = p->b->seq[i].kv_len > s.max_kv ? p->b->seq[i].kv_len : s.max_kv;
+    }
+    return s;
 }
 
 /* The layer's overlay, NULL where nothing is edited. */
@@ -92,20 +101,9 @@ kne_graph_rows(const float *data, int64_t n, int64_t d, bool transposed)
 }
 
 static inline void
-kne_graph_zero(float *x, int64_t n_elem)
+kne_graph_zero(const kne_pass *p, float *x, int64_t n_elem)
 {
-    memset(x, 0, (size_t) n_elem * sizeof *x);
-}
-
-/* Rows i .. of the batch's out rows that lie together: norms take them in one call. */
-static inline int32_t
-kne_graph_run(const kne_batch *b, int32_t i)
-{
-    int32_t j = i + 1;
-
-    while (j < b->n_out && b->out_row[j] == b->out_row[j - 1] + 1)
-        j++;
-    return j - i;
+    p->be->zero(p->be->ctx, x, (size_t) n_elem * sizeof *x);
 }
 
 #endif

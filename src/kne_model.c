@@ -7,7 +7,7 @@
  * follow is missing, no matrix has another shape than the descriptor says, and
  * no tensor of the files was left aside without the family's consent.
  */
-#include "kne_model.h"
+#include "kne_backend.h"
 
 #include <errno.h>
 #include <math.h>
@@ -527,6 +527,8 @@ kne_model_close(kne_model *m)
         return;
     kne_tokenizer_free(m->tokenizer);
     kne_tensors_close(m->tensors);
+    if (m->device)
+        m->device->release(m->device->ctx, m->device_block);
     kne_arena_free(&m->arena);
     free(m);
 }

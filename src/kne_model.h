@@ -98,6 +98,8 @@ typedef struct kne_model
     int64_t        weight_bytes;     /* mapped */
     kne_arena      arena;
     struct kne_tensors *tensors;     /* the maps (kne_safetensors.h) */
+    struct kne_backend *device;      /* whose memory all of the above points into (kne_device.h); NULL: the host's */
+    void          *device_block;
 } kne_model;
 
 /*

@@ -155,7 +155,7 @@ take_pass(const kne_model *m, kne_backend *be, kne_work *w, kne_pack *pack, kne_
     int32_t       o = 0;
 
     KNE_TRY(kne_forward(m, be, w, &pack->b, NULL, NULL, 0, err));
-    be->logprob(be->ctx, logp, best, NULL, w->logits, pack->target, NULL, pack->b.n_out, m->arch.vocab_size);
+    kne_work_logprob(be, w, 0, pack->b.n_out, m->arch.vocab_size, pack->target, NULL, logp, best);
     for (int32_t i = 0; i < *n_fresh; i++)
     {
         const kne_seq *s = &pack->seq[i];
@@ -163,12 +163,13 @@ take_pass(const kne_model *m, kne_backend *be, kne_work *w, kne_pack *pack, kne_
         int32_t        skip = s->q_len - r->n_rows;
 
         for (int32_t l = 0; l < L; l++)
-            memcpy(r->a + (size_t) l * (size_t) r->n_rows * (size_t) f,
-                   w->layer[l].a + (size_t) (s->q0 + skip) * (size_t) f, (size_t) r->n_rows * (size_t) f * sizeof(float));
+            be->get(be->ctx, r->a + (size_t) l * (size_t) r->n_rows * (size_t) f,
+                    w->layer[l].a + (size_t) (s->q0 + skip) * (size_t) f, (size_t) r->n_rows * (size_t) f * sizeof(float));
         r->right = true;
         for (; o < pack->b.n_out && pack->out_row[o] < s->q0 + s->q_len; o++)
             r->right &= best[o] == pack->target[o];
     }
+    KNE_TRY(be->status(be->ctx, err));
     *n_fresh = 0;
     kne_pack_clear(pack);
     return KNE_OK;

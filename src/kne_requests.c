@@ -390,7 +390,12 @@ next_tokens(kne_call *c, kne_err *err)
     if (st == KNE_OK)
     {
         /* Probabilities are over all rows, as LOGPROB's are. */
-        be->log_softmax(be->ctx, logp, w->logits, 1, m->arch.vocab_size);
+        be->log_softmax(be->ctx, w->logits, w->logits, 1, m->arch.vocab_size);
+        be->get(be->ctx, logp, w->logits, (size_t) m->arch.vocab_size * sizeof *logp);
+        st = be->status(be->ctx, err);
+    }
+    if (st == KNE_OK)
+    {
         top_k(logp, vocab, k, best);
         kne_put_u32(&c->out, (uint32_t) k);
     }

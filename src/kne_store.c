@@ -7,6 +7,8 @@
  */
 #include "kne_store.h"
 
+#include "kne_device.h"
+
 #include "kne_safetensors.h"
 
 #include <stdlib.h>
@@ -221,10 +223,11 @@ find_model(const kne_store *s, const char *path, const char *fingerprint)
     return NULL;
 }
 
-static void
-limit_models(kne_store *s)
+/* At most `most` models, but for those at work. True if one went. */
+static bool
+limit_models(kne_store *s, int most)
 {
-    for (;;)
+    for (bool any = false;; any = true)
     {
         kne_loaded *oldest = NULL;
         int         n = 0;
@@ -232,8 +235,8 @@ limit_models(kne_store *s)
         for (kne_loaded *l = s->models; l; l = l->next, n++)
             if (l->pins == 0 && (!oldest || l->used_at < oldest->used_at))
                 oldest = l;
-        if (n <= MAX_MODELS || !oldest)
-            return;
+        if (n <= most || !oldest)
+            return any;
         drop_model(s, oldest);
     }
 }
@@ -271,13 +274,21 @@ load(kne_store *s, const char *path, kne_loaded **out, kne_err *err)
             if (strcmp(old->path, path) == 0)
                 drop_model(s, old);
         }
+        st = kne_model_bind(l->model, s->be, err);
+        if (st == KNE_ERR_NOMEM && limit_models(s, 0)) /* room on the device, where others stand idle */
+            st = kne_model_bind(l->model, s->be, err);
+        if (st != KNE_OK)
+        {
+            free_model(s, l);
+            return st;
+        }
         l->next = s->models;
         s->models = l;
     }
     l->pins++;
     l->used_at = kne_now();
     s->changed = true;
-    limit_models(s);
+    limit_models(s, MAX_MODELS);
     *out = l;
     return KNE_OK;
 }

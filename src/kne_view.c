@@ -1,6 +1,7 @@
 /*
  * kne_view.c - base + a set of edits, as an overlay (see kne_view.h).
  */
+#include "kne_device.h"
 #include "kne_view.h"
 
 #include <stdlib.h>
@@ -42,17 +43,20 @@ layout(const kne_model *m, const span *span_, kne_view *v, int32_t n_edits, floa
     v->layer = kne_arena_take(&v->arena, (size_t) m->arch.n_layers, sizeof *v->layer);
     v->edit_id = kne_arena_take(&v->arena, (size_t) n_edits, sizeof *v->edit_id);
     v->delta = kne_arena_take(&v->arena, (size_t) n_edits, sizeof *v->delta);
+    v->neuron = kne_arena_take(&v->arena, (size_t) m->arch.n_layers, sizeof *v->neuron);
     for (int32_t l = 0; l < m->arch.n_layers; l++)
     {
         const span *s = &span_[l];
         size_t      n = (size_t) s->n * (size_t) d;
-        int32_t    *neuron = kne_arena_take(&v->arena, (size_t) s->n, sizeof *neuron);
-        float      *down = s->values ? kne_arena_take(&v->arena, n, sizeof(float)) : NULL;
-        float      *gate = s->keys && m->arch.gated ? kne_arena_take(&v->arena, n, sizeof(float)) : NULL;
-        float      *up = s->keys ? kne_arena_take(&v->arena, n, sizeof(float)) : NULL;
+        int32_t    *list = kne_arena_take(&v->arena, (size_t) s->n, sizeof *list);
+        int32_t    *neuron = kne_arena_take(&v->rows, (size_t) s->n, sizeof *neuron);
+        float      *down = s->values ? kne_arena_take(&v->rows, n, sizeof(float)) : NULL;
+        float      *gate = s->keys && m->arch.gated ? kne_arena_take(&v->rows, n, sizeof(float)) : NULL;
+        float      *up = s->keys ? kne_arena_take(&v->rows, n, sizeof(float)) : NULL;
 
         if (v->layer)
         {
+            v->neuron[l] = list;
             v->layer[l] = (kne_overlay_layer) {s->n, neuron, down, gate, up};
             rows[l][KNE_MATRIX_DOWN] = down;
             rows[l][KNE_MATRIX_GATE] = gate;
@@ -61,19 +65,21 @@ layout(const kne_model *m, const span *span_, kne_view *v, int32_t n_edits, floa
     }
 }
 
-/* Base rows of the layer's neurons, then each matrix's deltas in order, rounded. */
+/* Base rows of the layer's neurons, then each matrix's deltas in order, rounded. base, eff: (n, d) of the host. */
 static void
-fill_layer(const kne_model *m, kne_backend *be, int32_t l, const span *s, const ref *refs, float *const *rows,
-           int32_t *neuron, float *base)
+fill_layer(const kne_model *m, kne_backend *be, const kne_view *v, int32_t l, const span *s, const ref *refs,
+           float *const *rows, float *base, float *eff)
 {
     const kne_layer *layer = &m->layer[l];
     const kne_mat   *mat[3] = {&layer->down, &layer->gate, &layer->up};
     const int32_t    d = m->arch.d_model;
-    int32_t          n = 0;
+    const size_t     size = (size_t) s->n * (size_t) d * sizeof(float);
+    int32_t         *neuron = v->neuron[l], n = 0;
 
     for (int32_t i = s->from; i < s->to; i++)
         if (n == 0 || neuron[n - 1] != refs[i].row->neuron)
             neuron[n++] = refs[i].row->neuron;
+    kne_device_put(be, (void *) v->layer[l].neuron, neuron, (size_t) n * sizeof *neuron);
 
     for (int k = 0; k < 3; k++)
     {
@@ -82,8 +88,10 @@ fill_layer(const kne_model *m, kne_backend *be, int32_t l, const span *s, const 
         if (!rows[k])
             continue;
         /* A neuron's value is a column of W_down as maths, its keys are rows; Conv1D stores the transpose. */
-        be->gather_neurons(be->ctx, base, mat[k], (k == KNE_MATRIX_DOWN) != mat[k]->transposed, neuron, s->n);
-        memcpy(rows[k], base, (size_t) s->n * (size_t) d * sizeof(float));
+        be->gather_neurons(be->ctx, rows[k], mat[k], (k == KNE_MATRIX_DOWN) != mat[k]->transposed,
+                           v->layer[l].neuron, s->n);
+        be->get(be->ctx, base, rows[k], size);
+        memcpy(eff, base, size);
         for (int32_t i = s->from; i < s->to; i++)
         {
             const kne_delta_row *r = refs[i].row;
@@ -92,14 +100,15 @@ fill_layer(const kne_model *m, kne_backend *be, int32_t l, const span *s, const 
                 at++;
             if (r->matrix == k)
                 for (int32_t j = 0; j < d; j++)
-                    rows[k][(size_t) at * d + j] += r->v[j];
+                    eff[(size_t) at * d + j] += r->v[j];
         }
         for (size_t j = 0; j < (size_t) s->n * (size_t) d; j++)
         {
-            float eff = kne_round_to(rows[k][j], mat[k]->type);
-
-            rows[k][j] = k == KNE_MATRIX_DOWN ? eff - base[j] : eff;
+            eff[j] = kne_round_to(eff[j], mat[k]->type);
+            if (k == KNE_MATRIX_DOWN)
+                eff[j] -= base[j];
         }
+        kne_device_put(be, rows[k], eff, size);
     }
 }
 
@@ -112,7 +121,7 @@ kne_view_new(const kne_model *m, kne_backend *be, int32_t n, const int64_t *edit
     ref          *refs = NULL;
     span         *spans = calloc((size_t) L, sizeof *spans);
     float      *(*rows)[3] = calloc((size_t) L, sizeof *rows);
-    float        *base = NULL;
+    float        *base = NULL, *eff = NULL;
     size_t        n_refs = 0, at = 0;
     kne_status    st = KNE_OK;
 
@@ -152,14 +161,21 @@ kne_view_new(const kne_model *m, kne_backend *be, int32_t n, const int64_t *edit
 
     layout(m, spans, v, n, rows);
     st = kne_arena_commit(&v->arena, err);
+    if (st == KNE_OK)
+        st = kne_device_commit(&v->rows, v->device = be, err);
     base = malloc(((size_t) max_n * (size_t) m->arch.d_model + 1) * sizeof *base);
-    if (st == KNE_OK && !base)
+    eff = malloc(((size_t) max_n * (size_t) m->arch.d_model + 1) * sizeof *eff);
+    if (st == KNE_OK && (!base || !eff))
         st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
     if (st != KNE_OK)
         goto out;
     layout(m, spans, v, n, rows);
     for (int32_t l = 0; l < L; l++)
-        fill_layer(m, be, l, &spans[l], refs, rows[l], (int32_t *) v->layer[l].neuron, base);
+        if (spans[l].n)
+            fill_layer(m, be, v, l, &spans[l], refs, rows[l], base, eff);
+    st = be->status(be->ctx, err);
+    if (st != KNE_OK)
+        goto out;
     for (int32_t i = 0; i < n; i++)
     {
         v->edit_id[i] = edit_id[i];
@@ -169,7 +185,7 @@ kne_view_new(const kne_model *m, kne_backend *be, int32_t n, const int64_t *edit
     v->overlay.layer = v->layer;
     v->max_overlay = max_n;
     v->n_edits = n;
-    v->bytes = v->arena.size;
+    v->bytes = v->arena.size + v->rows.size;
     v->refs = 1;
 
 out:
@@ -177,9 +193,11 @@ out:
         *out = v;
     else if (v)
     {
+        kne_device_free(&v->rows, v->device);
         kne_arena_free(&v->arena);
         free(v);
     }
+    free(eff);
     free(base);
     free(refs);
     free(spans);
@@ -194,6 +212,7 @@ kne_view_free(kne_view *v)
         return;
     for (int32_t i = 0; i < v->n_edits; i++)
         kne_delta_release(v->delta[i]);
+    kne_device_free(&v->rows, v->device);
     kne_arena_free(&v->arena);
     free(v);
 }

@@ -16,13 +16,15 @@ typedef struct kne_view
 {
     kne_overlay        overlay;     /* pass &view->overlay to the graph */
     kne_overlay_layer *layer;       /* (L) */
+    int32_t          **neuron;      /* (L) layer[l].neuron as the host sees it */
     int32_t            max_overlay; /* most neurons of one layer: kne_work_shape.max_overlay */
     int32_t            n_edits;
     int64_t           *edit_id;     /* (n_edits) ascending */
     kne_delta        **delta;       /* (n_edits) a reference held on each */
     size_t             bytes;
     int32_t            refs;        /* the owner's to count */
-    kne_arena          arena;
+    kne_arena          arena, rows; /* of the host, of the device */
+    kne_backend       *device;
 } kne_view;
 
 /* n = 0 gives the base. Checks every delta against the model (KNE_ERR_INVALID). Takes references. */

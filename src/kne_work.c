@@ -1,5 +1,5 @@
 /*
- * kne_work.c - the workspace of the graph's passes: one allocation, laid out
+ * kne_work.c - the workspace of the graph's passes: one allocation of the device's memory, laid out
  * by a function that runs twice (count, then hand out; see kne_arena).
  *
  * Without keep every layer's kne_saved names the same buffers, and x_in and
@@ -13,6 +13,12 @@ static float *
 floats(kne_arena *arena, int64_t rows, int64_t cols)
 {
     return kne_arena_take(arena, (size_t) rows, (size_t) cols * sizeof(float));
+}
+
+static int32_t *
+ints(kne_arena *arena, int64_t n)
+{
+    return kne_arena_take(arena, (size_t) n, sizeof(int32_t));
 }
 
 /* K and V of a layer; apart from the rest because a cache is kept layer by layer. */
@@ -63,12 +69,13 @@ layout_layer(kne_arena *arena, const kne_arch *a, kne_saved *s, int64_t n, float
 }
 
 static void
-layout_backward(kne_arena *arena, const kne_arch *a, kne_work_impl *s, int64_t n)
+layout_backward(kne_arena *arena, const kne_arch *a, kne_work_impl *s, int64_t n, int64_t max_out)
 {
     int64_t d = a->d_model, f = a->d_ff;
     int64_t k = (int64_t) a->n_heads * a->head_dim, kv = (int64_t) a->n_kv_heads * a->head_dim;
 
     s->dx = floats(arena, n, d);
+    s->final_dx = floats(arena, max_out, d);
     s->dh2 = floats(arena, n, d);
     s->dh1 = a->block == KNE_BLOCK_PARALLEL_ONE_NORM ? s->dh2 : floats(arena, n, d);
     s->u = floats(arena, n, f);
@@ -86,19 +93,26 @@ layout_backward(kne_arena *arena, const kne_arch *a, kne_work_impl *s, int64_t n
 }
 
 static void
-layout(kne_work *w, kne_work_impl *s, const kne_model *m, kne_saved *scratch)
+layout(kne_work *w, kne_work_impl *s, const kne_model *m)
 {
     const kne_arch *a = &m->arch;
     kne_arena      *arena = &w->arena;
     int64_t         n = w->max_n, d = a->d_model, k = (int64_t) a->n_heads * a->head_dim;
-    bool            counting = !arena->base;
     bool            cached = s->max_kv > 0;
     kne_saved       one = {0};
 
-    w->layer = kne_arena_take(arena, (size_t) a->n_layers, sizeof *w->layer);
     w->x = floats(arena, n, d);
     w->logits = floats(arena, w->max_out, a->vocab_size);
     w->dlogits = w->keep ? floats(arena, w->max_out, a->vocab_size) : NULL;
+    w->target = ints(arena, w->max_out);
+    w->best = ints(arena, w->max_out);
+    w->coef = floats(arena, w->max_out, 1);
+    w->logp = floats(arena, w->max_out, 1);
+    w->kl = floats(arena, w->max_out, 1);
+    s->id = ints(arena, n);
+    s->pos = ints(arena, n);
+    s->out_row = ints(arena, w->max_out);
+    s->seq = kne_arena_take(arena, (size_t) n, sizeof *s->seq);
 
     if (!w->keep)
         layout_layer(arena, a, &one, n, w->x);
@@ -106,7 +120,7 @@ layout(kne_work *w, kne_work_impl *s, const kne_model *m, kne_saved *scratch)
         layout_kv(arena, a, &one, n);
     for (int32_t l = 0; l < a->n_layers; l++)
     {
-        kne_saved *at = counting ? scratch : &w->layer[l];
+        kne_saved *at = &w->layer[l];
 
         *at = one;
         if (w->keep)
@@ -120,37 +134,46 @@ layout(kne_work *w, kne_work_impl *s, const kne_model *m, kne_saved *scratch)
     {
         s->qkv = floats(arena, n, 3 * k);
         for (int part = 0; part < 3; part++)
-            s->split[part] = kne_arena_take(arena, (size_t) k, sizeof(int32_t));
+            s->split[part] = ints(arena, k);
     }
     s->ones = floats(arena, n, 1);
     s->edit = floats(arena, n, w->max_overlay);
     s->edit_bias = floats(arena, w->max_overlay, 1);
+    s->final_x = floats(arena, w->max_out, d);
     s->final_h = floats(arena, w->max_out, d);
     s->final_mean = floats(arena, w->max_out, 1);
     s->final_rstd = floats(arena, w->max_out, 1);
     if (w->keep)
-        layout_backward(arena, a, s, n);
+        layout_backward(arena, a, s, n, w->max_out);
 }
 
-/* The constants that live in a workspace. */
-static void
-fill(const kne_work *w, const kne_work_impl *s, const kne_arch *a)
+/* The constants that live in a workspace; made in memory of the host for as long as it takes. */
+static kne_status
+fill(const kne_work *w, const kne_work_impl *s, const kne_arch *a, kne_err *err)
 {
+    const int32_t k = a->n_heads * a->head_dim, most = w->max_n > k ? w->max_n : k;
+    union { float one; int32_t i; } *host = malloc((size_t) most * sizeof *host);
+
+    if (!host)
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     for (int32_t r = 0; r < w->max_n; r++)
-        s->ones[r] = 1.0f;
-    if (a->qkv != KNE_QKV_PER_HEAD)
-        return;
-    for (int32_t part = 0; part < 3; part++)
-        for (int32_t i = 0; i < a->n_heads * a->head_dim; i++)
-            s->split[part][i] = (i / a->head_dim * 3 + part) * a->head_dim + i % a->head_dim;
+        host[r].one = 1.0f;
+    kne_device_put(s->device, s->ones, host, (size_t) w->max_n * sizeof *host);
+    for (int32_t part = 0; part < 3 && a->qkv == KNE_QKV_PER_HEAD; part++)
+    {
+        for (int32_t i = 0; i < k; i++)
+            host[i].i = (i / a->head_dim * 3 + part) * a->head_dim + i % a->head_dim;
+        kne_device_put(s->device, s->split[part], host, (size_t) k * sizeof *host);
+    }
+    free(host);
+    return KNE_OK;
 }
 
 kne_status
 kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kne_work **out,
                     kne_err *err)
 {
-    struct { kne_work w; kne_work_impl s; } *both;
-    kne_saved  scratch;
+    struct { kne_work w; kne_work_impl s; kne_saved layer[]; } *both;
     kne_status st;
 
     *out = NULL;
@@ -158,23 +181,27 @@ kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kn
         (shape.keep && max_kv > 0))
         return kne_error(err, KNE_ERR_INTERNAL, "impossible workspace: %d rows, %d out, %d edited",
                          shape.max_n, shape.max_out, shape.max_overlay);
-    both = calloc(1, sizeof *both);
+    both = calloc(1, sizeof *both + (size_t) m->arch.n_layers * sizeof *both->layer);
     if (!both)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     both->w = (kne_work) {
         .max_n = shape.max_n, .max_out = shape.max_out, .max_overlay = shape.max_overlay,
-        .keep = shape.keep, .impl = &both->s,
+        .keep = shape.keep, .impl = &both->s, .layer = both->layer,
     };
     both->s.max_kv = max_kv;
-    layout(&both->w, &both->s, m, &scratch);
-    st = kne_arena_commit(&both->w.arena, err);
+    both->s.device = m->device;
+    layout(&both->w, &both->s, m);
+    st = kne_device_commit(&both->w.arena, m->device, err);
+    if (st == KNE_OK)
+    {
+        layout(&both->w, &both->s, m);
+        st = fill(&both->w, &both->s, &m->arch, err);
+    }
     if (st != KNE_OK)
     {
-        free(both);
+        kne_work_free(&both->w);
         return st;
     }
-    layout(&both->w, &both->s, m, &scratch);
-    fill(&both->w, &both->s, &m->arch);
     *out = &both->w;
     return KNE_OK;
 }
@@ -190,6 +217,34 @@ kne_work_free(kne_work *w)
 {
     if (!w)
         return;
-    kne_arena_free(&w->arena);
+    kne_device_free(&w->arena, ((kne_work_impl *) w->impl)->device);
     free(w); /* the first member of what kne_work_new_cached allocated */
+}
+
+void
+kne_work_logprob(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const int32_t *target,
+                 const float *coef, float *logp, int32_t *best)
+{
+    const size_t at = (size_t) from * (size_t) v;
+
+    kne_device_put(be, w->target + from, target, (size_t) n * sizeof *target);
+    if (coef)
+        kne_device_put(be, w->coef + from, coef, (size_t) n * sizeof *coef);
+    be->logprob(be->ctx, w->logp + from, w->best + from, coef ? w->dlogits + at : NULL, w->logits + at,
+                w->target + from, w->coef + from, n, v);
+    if (logp)
+        be->get(be->ctx, logp, w->logp + from, (size_t) n * sizeof *logp);
+    if (best)
+        be->get(be->ctx, best, w->best + from, (size_t) n * sizeof *best);
+}
+
+void
+kne_work_kl(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const float *ref_logp,
+            const float *coef, float *kl)
+{
+    const size_t at = (size_t) from * (size_t) v;
+
+    kne_device_put(be, w->coef + from, coef, (size_t) n * sizeof *coef);
+    be->kl(be->ctx, w->kl + from, w->dlogits + at, w->logits + at, ref_logp, w->coef + from, n, v);
+    be->get(be->ctx, kl, w->kl + from, (size_t) n * sizeof *kl);
 }
