@@ -53,7 +53,10 @@ sub kne_start
 {
 	my ($node) = @_;
 
-	wait_for(sub { return $node->start(fail_ok => 1); }) or die 'the server does not start';
+	wait_for(sub {
+		$node->{_pid} = undef if defined $node->{_pid} && !alive($node->{_pid}); # what a start that failed has found
+		return defined $node->{_pid} ? $node->psql('postgres', 'SELECT 1') == 0 : $node->start(fail_ok => 1);
+	}) or die 'the server does not start';
 	return;
 }
 
