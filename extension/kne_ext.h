@@ -29,6 +29,10 @@ extern int   kne_batch_size;
 extern int   kne_max_attempts;
 extern bool  kne_enabled;
 extern int   kne_idle_timeout; /* seconds */
+extern bool   kne_autoconsolidate;
+extern int    kne_autoconsolidate_threshold;
+extern double kne_autoconsolidate_scale_factor;
+extern int    kne_autoconsolidate_naptime; /* seconds */
 
 /* ---- shared memory (module.c) ---- */
 #define KNE_MAX_WORKERS 64
@@ -57,7 +61,7 @@ typedef struct KneWorkerSlot
     int32       n_edits;
     uint32      phase, done, total, finished;
     float4      loss;
-    int64       first_edit;
+    int64       first_edit, consolidation; /* 0: a batch of edits */
     TimestampTz started_at, activity_at;
     char        activity[128];
 } KneWorkerSlot;
@@ -139,6 +143,8 @@ typedef struct KneView
 
 /* The pairs in force, less those of `without` (n_without edit ids). SPI connected, active snapshot set. */
 extern KneView *kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_without);
+/* The model without its edits, for what does not depend on them. In the current context. */
+extern KneView *kne_view_base(KneModel *model);
 /* Begin a request body with the view. */
 extern void kne_put_view(kne_wbuf *w, const KneView *view);
 /* kne_call with the NEED_SET / NEED_DELTAS answers served from rows. Does its own SPI reads in the active

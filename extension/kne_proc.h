@@ -112,19 +112,21 @@ extern void kne_worker_show(const char *activity);
 /* Reads the configuration again if it was told to. */
 extern void kne_worker_reload(void);
 
-/* ---- worker_batch.c and worker_record.c ---- */
+/* ---- worker_batch.c, worker_record.c and worker_consolidate.c ---- */
 /* What is to be written about one edit of a batch. */
 typedef enum KneVerdict
 {
     KNE_DONE,   /* nothing left to write */
     KNE_APPLY,  /* it is solved, or held already */
     KNE_FAIL,   /* it failed: for good, or by one attempt */
-    KNE_REQUEUE /* back to pending, through no fault of its own */
+    KNE_REQUEUE, /* back to pending, through no fault of its own */
+    KNE_ABANDON  /* of a consolidation: what it was about has changed */
 } KneVerdict;
 
 typedef struct KneJob
 {
     KneEditSpec spec;
+    int32       generation, replaces; /* of its solution: 0, unless it is consolidated; then that in force too */
     int32       attempts, deaths;
     bool        told; /* the engine was asked to stop it */
     KneVerdict  verdict;
@@ -152,6 +154,9 @@ typedef struct KneBatch
     int              n, open; /* open: how many verdicts are not written yet */
     KneJob          *job;
     int64           *edit_id;
+    int64            consolidation; /* 0: a batch of edits */
+    bool             automatic, gave_way;
+    KneJob           whole; /* of a consolidation: its one verdict, with error, death and delay */
     TimestampTz      retry_at;
     int              rounds; /* of writing that left something open */
     char            *provenance, *device, *version;
@@ -175,8 +180,30 @@ extern bool kne_repair_orphans(const int64 *in_hand, int n_in_hand);
 /* In a statement about kne.edit_request r: the request is this database's own to run (see kne.instance). */
 #define KNE_OWN "r.origin = (SELECT origin FROM kne.instance) AND r.origin_database = " \
     "(SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"
+/* One solution of a batch: its rows of kne.solution, kne.ensemble and kne.weight_delta. In a transaction. */
+extern void kne_put_solution(const KneBatch *batch, const KneJob *job);
+/* A fault of the model: it waits. Returns for how many seconds. */
+extern int kne_batch_fault(int32 model_id);
+/* The models that wait, as int4[]. */
+extern Datum kne_batch_waiting_models(void);
+/* Why the database's edits wait, for kne_status(). */
+extern void kne_batch_note(const char *note);
 /* Seconds before an edit runs again after the engine died under it for the n-th time. */
 extern double kne_death_delay(int deaths);
+
+/* ---- worker_consolidate.c ---- */
+/* As kne_batch_claim, for those that somebody asked for or for automatic ones. */
+extern KneBatch *kne_consolidation_claim(bool automatic);
+/* ERROR 57014 when it is cancelled, or gives way. Opens a transaction. */
+extern void kne_consolidation_look(KneBatch *batch);
+extern void kne_consolidation_outcome(KneBatch *batch);
+extern void kne_consolidation_judge(KneBatch *batch, const ErrorData *e, const char *error);
+extern void kne_consolidation_record(KneBatch *batch);
+extern bool kne_repair_consolidations(const int64 *in_hand, int n_in_hand);
+/* In a transaction: queue what kne.autoconsolidate calls for. */
+extern void kne_autoconsolidate_queue(void);
+/* In a transaction: when to look for consolidations again, 0 for never; stuck_until: for one that is due and was not claimed. */
+extern TimestampTz kne_consolidation_next(TimestampTz stuck_until);
 
 /* Edits under which something died so often run alone, and are charged if it happens again. */
 #define KNE_DEATHS_ALONE 2

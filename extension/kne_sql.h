@@ -71,12 +71,15 @@ extern void kne_options_from_text(const char *json, kne_options *out);
 /* Text in the server's encoding, sent as UTF-8. */
 extern void kne_put_text(kne_wbuf *w, const char *s);
 
+/* Would nobody ever run what is being queued? A WARNING, once a transaction. ERROR when kne is not preloaded. */
+extern void kne_warn_if_idle(void);
+pg_noreturn extern void kne_no_such_edit(int64 edit_id);
+pg_noreturn extern void kne_no_such_consolidation(int64 consolidation_id);
+
 /* This database's origin; in the current context. */
 extern struct pg_uuid_t *kne_origin(void);
 
 /* The view that a reading function answers from: kept between calls of one snapshot (view.c). */
 extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
-/* The model without its edits, for what does not depend on them. In the current context. */
-extern KneView *kne_view_base(KneModel *model);
 
 #endif

@@ -33,6 +33,10 @@ int   kne_batch_size = 64;
 int   kne_max_attempts = 3;
 bool  kne_enabled = true;
 int   kne_idle_timeout = 30;
+bool   kne_autoconsolidate = false;
+int    kne_autoconsolidate_threshold = 50;
+double kne_autoconsolidate_scale_factor = 0.2;
+int    kne_autoconsolidate_naptime = 60;
 
 KneShared *kne_shared = NULL;
 
@@ -67,6 +71,26 @@ check_device(char **newval, void **extra, GucSource source)
 static void
 define_settings(void)
 {
+    DefineCustomBoolVariable("kne.autoconsolidate",
+                             "Consolidates models in the background.",
+                             "Off by default: unlike vacuuming, it may change what a model answers elsewhere.",
+                             &kne_autoconsolidate, false,
+                             PGC_SIGHUP, 0, NULL, NULL, NULL);
+    DefineCustomIntVariable("kne.autoconsolidate_naptime",
+                            "Least time between two automatic consolidations of a model.",
+                            NULL,
+                            &kne_autoconsolidate_naptime, 60, 0, INT_MAX / 1000,
+                            PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+    DefineCustomRealVariable("kne.autoconsolidate_scale_factor",
+                             "Share of a model's active edits added to the threshold.",
+                             NULL,
+                             &kne_autoconsolidate_scale_factor, 0.2, 0, 100,
+                             PGC_SIGHUP, 0, NULL, NULL, NULL);
+    DefineCustomIntVariable("kne.autoconsolidate_threshold",
+                            "Edits applied or facts disturbed since the last consolidation before the next.",
+                            NULL,
+                            &kne_autoconsolidate_threshold, 50, 0, INT_MAX,
+                            PGC_SIGHUP, 0, NULL, NULL, NULL);
     DefineCustomIntVariable("kne.batch_size",
                             "Most edits that are solved together.",
                             "Edits of one batch share every pass over the model.",

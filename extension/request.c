@@ -1,5 +1,5 @@
 /*
- * request.c - asking for edits and changing one's mind: edit, wait, revert, cancel, retry, adopt, and the
+ * request.c - asking for edits and changing one's mind: edit, revert, cancel, retry, adopt, and the
  * triggers that make a plain INSERT into kne.edit_request the same thing as a call of kne_edit.
  *
  * Nothing here computes. A request is a row; the worker is woken when (and only if) the row commits. Revert
@@ -13,25 +13,20 @@
 #include "kne_sql.h"
 
 #include "access/htup_details.h"
-#include "access/transam.h"
 #include "access/xact.h"
-#include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "storage/ipc.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/uuid.h"
-#include "utils/wait_event.h"
 
 PG_FUNCTION_INFO_V1(kne_edit);
-PG_FUNCTION_INFO_V1(kne_wait);
 PG_FUNCTION_INFO_V1(kne_revert);
 PG_FUNCTION_INFO_V1(kne_cancel);
 PG_FUNCTION_INFO_V1(kne_retry);
@@ -56,8 +51,8 @@ check_fact(const char *subject, const char *relation, const char *object)
 }
 
 /* Would nobody ever run it? Say so rather than let it wait. */
-static void
-warn_if_idle(void)
+void
+kne_warn_if_idle(void)
 {
     static LocalTransactionId warned = InvalidLocalTransactionId;
 
@@ -69,8 +64,8 @@ warn_if_idle(void)
                       errhint("Set kne.enabled = on and reload the configuration.")));
 }
 
-pg_noreturn static void
-no_such_edit(int64 edit_id)
+void
+kne_no_such_edit(int64 edit_id)
 {
     ereport(ERROR,
             (errcode(ERRCODE_UNDEFINED_OBJECT), errmsg("edit " INT64_FORMAT " does not exist", edit_id),
@@ -258,7 +253,7 @@ request_after_body(PG_FUNCTION_ARGS)
         memcmp(DatumGetUUIDP(column(trig, "origin")), kne_origin(), sizeof(pg_uuid_t)) == 0)
     {
         kne_event_user(DatumGetInt64(column(trig, "edit_id")), "requested", "reason", NULL);
-        warn_if_idle();
+        kne_warn_if_idle();
         kne_wake_at_commit();
     }
     return PointerGetDatum(NULL);
@@ -319,13 +314,13 @@ lock_fact(int64 edit_id, Request *out)
     Datum id = Int64GetDatum(edit_id), key[3];
 
     if (kne_spi(&find, KNE_WRITE, &id, NULL) == 0)
-        no_such_edit(edit_id);
+        kne_no_such_edit(edit_id);
     key[0] = Int32GetDatum(kne_spi_int4(0, 1));
     key[1] = CStringGetTextDatum(kne_spi_text(0, 2, CurrentMemoryContext));
     key[2] = CStringGetTextDatum(kne_spi_text(0, 3, CurrentMemoryContext));
     kne_spi(&lock, KNE_WRITE, key, NULL);
     if (kne_spi(&read, KNE_WRITE, &id, NULL) == 0)
-        no_such_edit(edit_id); /* its model was dropped while we waited */
+        kne_no_such_edit(edit_id); /* its model was dropped while we waited */
     out->model_id = kne_spi_int4(0, 1);
     out->subject = kne_spi_text(0, 2, CurrentMemoryContext);
     out->relation = kne_spi_text(0, 3, CurrentMemoryContext);
@@ -462,7 +457,7 @@ cancel_body(PG_FUNCTION_ARGS)
         kne_wake_at_commit(); /* the worker tells the engine to stop, and finds the row no longer running */
     }
     else if (kne_spi(&exists, KNE_WRITE, &value, NULL) == 0)
-        no_such_edit(edit_id);
+        kne_no_such_edit(edit_id);
     kne_spi_finish();
     PG_RETURN_BOOL(done);
 }
@@ -513,7 +508,7 @@ retry_body(PG_FUNCTION_ARGS)
     kne_spi(&again, KNE_WRITE, values, NULL);
     kne_event_user(edit_id, "requested", "retry_after", r.state);
     kne_spi_finish();
-    warn_if_idle();
+    kne_warn_if_idle();
     kne_wake_at_commit();
     PG_RETURN_VOID();
 }
@@ -533,13 +528,19 @@ adopt_body(PG_FUNCTION_ARGS)
         " RETURNING edit_id",
         2,
         {UUIDOID, OIDOID}};
+    static KnePlan adopt_consolidation = {
+        "UPDATE kne.consolidation SET origin = $1, origin_database = $2, state = 'pending', not_before = NULL"
+        " WHERE state IN ('pending', 'running') AND (origin <> $1 OR origin_database <> $2)",
+        2,
+        {UUIDOID, OIDOID}};
     Datum values[2];
-    uint64 n;
+    uint64 n, consolidations;
     int64 *edit_id;
 
     values[0] = UUIDPGetDatum(kne_origin());
     values[1] = ObjectIdGetDatum(MyDatabaseId);
     kne_spi_connect();
+    consolidations = kne_spi(&adopt_consolidation, KNE_WRITE, values, NULL);
     n = kne_spi(&adopt, KNE_WRITE, values, NULL);
     edit_id = palloc(sizeof *edit_id * Max(n, 1));
     for (uint64 i = 0; i < n; i++)
@@ -547,9 +548,10 @@ adopt_body(PG_FUNCTION_ARGS)
     for (uint64 i = 0; i < n; i++)
         kne_event_user(edit_id[i], "adopted", "reason", NULL);
     kne_spi_finish();
+    n += consolidations;
     if (n > 0)
     {
-        warn_if_idle();
+        kne_warn_if_idle();
         kne_wake_at_commit();
     }
     PG_RETURN_INT64((int64) n);
@@ -559,168 +561,4 @@ Datum
 kne_adopt(PG_FUNCTION_ARGS)
 {
     return kne_as_owner(fcinfo, adopt_body);
-}
-
-/* ---------------------------------------------------------------- wait */
-
-/* The row as the newest snapshot sees it. */
-typedef struct Look
-{
-    char state[16];
-    bool ours;    /* the row's version is this transaction's own */
-    bool locked;  /* this transaction has locked the row */
-    bool foreign; /* of another origin */
-    bool unprotected;
-} Look;
-
-static bool
-is_final(const char *state)
-{
-    return strcmp(state, "pending") != 0 && strcmp(state, "running") != 0;
-}
-
-static void
-look_at(int64 edit_id, Look *out)
-{
-    static KnePlan look = {
-        "SELECT r.state, r.xmin, r.origin <> i.origin OR r.origin_database <> $2,"
-        " r.state = 'applied' AND EXISTS (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id"
-        " AND s.n_rows > 0 AND s.provenance @> '{\"protected\": false}'), r.xmax"
-        " FROM kne.edit_request r LEFT JOIN kne.instance i ON true WHERE r.edit_id = $1",
-        2,
-        {INT8OID, OIDOID}};
-    Datum values[2];
-    bool isnull;
-
-    values[0] = Int64GetDatum(edit_id);
-    values[1] = ObjectIdGetDatum(MyDatabaseId);
-    kne_spi_connect();
-    if (kne_spi(&look, KNE_LATEST, values, NULL) == 0)
-        no_such_edit(edit_id);
-    strlcpy(out->state, kne_spi_text(0, 1, CurrentMemoryContext), sizeof out->state);
-    out->ours = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(kne_spi_datum(0, 2, &isnull)));
-    out->locked = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(kne_spi_datum(0, 5, &isnull)));
-    out->foreign = kne_spi_bool(0, 3);
-    out->unprotected = kne_spi_bool(0, 4);
-    kne_spi_finish();
-}
-
-/* ERROR when waiting for this request would be for nothing. */
-static void
-check_will_run(int64 edit_id, const Look *look)
-{
-    char note[sizeof kne_shared->engine_note] = "";
-    bool refused;
-
-    if (look->ours)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("cannot wait for edit " INT64_FORMAT " in the transaction that requested it",
-                               edit_id),
-                        errdetail("An edit runs once its request is committed."),
-                        errhint("COMMIT first, then call kne_wait.")));
-    if (look->locked)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("cannot wait for edit " INT64_FORMAT " in a transaction that has locked it", edit_id),
-                        errdetail("The worker passes by what is locked."),
-                        errhint("COMMIT first, then call kne_wait.")));
-    kne_require_preload();
-    if (RecoveryInProgress())
-        ereport(ERROR,
-                (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE), errmsg("no edit runs on a standby"),
-                 errdetail("Edit " INT64_FORMAT " is %s.", edit_id, look->state),
-                 errhint("Wait for it on the primary.")));
-    if (look->foreign)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("edit " INT64_FORMAT " was requested in another database", edit_id),
-                        errdetail("It is %s, and came here with a restored or copied database.", look->state),
-                        errhint("kne_adopt() lets such requests run here.")));
-    if (!kne_enabled)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("no edit runs: kne.enabled is off"),
-                        errdetail("Edit " INT64_FORMAT " is %s.", edit_id, look->state),
-                        errhint("Set kne.enabled = on and reload the configuration.")));
-    LWLockAcquire(&kne_shared->lock, LW_SHARED);
-    refused = kne_shared->engine_state == KNE_ENGINE_REFUSED;
-    if (refused)
-        strlcpy(note, kne_shared->engine_note, sizeof note);
-    LWLockRelease(&kne_shared->lock);
-    if (refused)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("no edit runs: the engine does not start"),
-                        errdetail("%s", note[0] ? kne_safe_text(note) : "See the server's log."),
-                        errhint("Correct the settings kne.* and reload the configuration.")));
-}
-
-/* When the wait ends; DT_NOEND for one longer than any server lives. */
-static TimestampTz
-deadline(const Interval *timeout)
-{
-    double usec = (double) timeout->time + (timeout->day + timeout->month * 30.0) * USECS_PER_DAY;
-
-    if (usec < 0)
-        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("timeout must not be negative"),
-                        errhint("0 looks once, without waiting.")));
-    return usec > 1e16 ? DT_NOEND : GetCurrentTimestamp() + (int64) usec;
-}
-
-/*
- * Looks again and again, each time with a snapshot of its own that is gone before it sleeps. In REPEATABLE
- * READ the rest of the transaction would not see what was waited for, so there it refuses.
- */
-Datum
-kne_wait(PG_FUNCTION_ARGS)
-{
-    int64 edit_id = edit_id_arg(fcinfo);
-    MemoryContext mcxt = AllocSetContextCreate(CurrentMemoryContext, "kne_wait", ALLOCSET_SMALL_SIZES);
-    MemoryContext old;
-    TimestampTz until;
-    long nap = 10;
-    Look look;
-
-    if (PG_ARGISNULL(1))
-        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("timeout must not be null"),
-                        errhint("Leave it out for ten minutes.")));
-    if (IsolationUsesXactSnapshot())
-        ereport(ERROR,
-                (errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-                 errmsg("cannot wait for an edit in a transaction of this isolation level"),
-                 errdetail("Its snapshot was taken before the edit finishes, so it would not see the edit."),
-                 errhint("Call kne_wait in READ COMMITTED, or outside of a transaction.")));
-    until = deadline(PG_GETARG_INTERVAL_P(1));
-
-    for (;;)
-    {
-        TimestampTz now;
-
-        old = MemoryContextSwitchTo(mcxt);
-        look_at(edit_id, &look);
-        MemoryContextSwitchTo(old);
-        MemoryContextReset(mcxt);
-        if (is_final(look.state))
-            break;
-        check_will_run(edit_id, &look);
-
-        now = GetCurrentTimestamp();
-        if (now >= until)
-            ereport(
-                ERROR,
-                (errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-                 errmsg("timeout while waiting for edit " INT64_FORMAT, edit_id),
-                 errdetail("Its state is %s.", look.state),
-                 errhint(
-                     "The edit goes on; kne_wait may be called again. kne.stat_progress shows the work.")));
-        if (until != DT_NOEND)
-            nap = Max(1, Min(nap, (until - now + 999) / 1000));
-        (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, nap, PG_WAIT_EXTENSION);
-        ResetLatch(MyLatch);
-        CHECK_FOR_INTERRUPTS();
-        nap = Min(nap * 3 / 2, 250);
-    }
-    if (look.unprotected)
-        ereport(WARNING,
-                (errmsg("edit " INT64_FORMAT " was applied without protecting other facts", edit_id),
-                 errdetail("Too few facts that the model answers are known to protect any."),
-                 errhint("INSERT what the model should know INTO kne.fact (subject, relation, object).")));
-    MemoryContextDelete(mcxt);
-    PG_RETURN_TEXT_P(cstring_to_text(look.state));
 }

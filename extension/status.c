@@ -265,8 +265,8 @@ kne_stat_workers(PG_FUNCTION_ARGS)
     for (i = 0; i < KNE_MAX_WORKERS; i++)
     {
         KneWorkerSlot *slot = &shared->worker[i];
-        Datum          value[12] = {0};
-        bool           isnull[12] = {false};
+        Datum          value[13] = {0};
+        bool           isnull[13] = {false};
         bool           busy = slot->n_edits > 0;
 
         if (!OidIsValid(slot->dboid) || slot->pid == 0)
@@ -283,6 +283,8 @@ kne_stat_workers(PG_FUNCTION_ARGS)
         value[9] = Int32GetDatum(slot->finished);
         value[10] = TimestampTzGetDatum(slot->started_at);
         value[11] = CStringGetTextDatum(slot->activity);
+        value[12] = Int64GetDatum(slot->consolidation);
+        isnull[12] = !busy || slot->consolidation == 0;
         if (!busy)
             isnull[2] = isnull[3] = isnull[5] = isnull[6] = isnull[7] = isnull[8] = isnull[9] = true;
         tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, value, isnull);

@@ -141,17 +141,21 @@ next_look(void)
     static const char prepared[] =
         "SELECT max(p.prepared) FROM pg_catalog.pg_prepared_xacts p WHERE p.database = pg_catalog.current_database()"
         " AND EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.pid IS NULL AND l.locktype = 'relation'"
-        " AND l.relation = 'kne.edit_request'::pg_catalog.regclass AND l.mode = 'RowExclusiveLock')";
+        " AND l.relation IN ('kne.edit_request'::pg_catalog.regclass, 'kne.consolidation'::pg_catalog.regclass) AND l.mode = 'RowExclusiveLock')";
     TimestampTz now = GetCurrentTimestamp();
+    TimestampTz stuck_until = TimestampTzPlusMilliseconds(now, stuck_ms);
     TimestampTz next, since;
 
     kne_sql(pending, 0, NULL, NULL, NULL);
     next = kne_sql_time(0, 1);
     if (kne_sql_time(0, 2) != 0)
+        next = next == 0 ? stuck_until : Min(next, stuck_until);
+    since = kne_consolidation_next(stuck_until);
+    if (since != 0)
+        next = next == 0 ? since : Min(next, since);
+    if (next == stuck_until)
     {
         /* Due and not claimed: it is locked, its model has a fault, the engine is away. */
-        since = TimestampTzPlusMilliseconds(now, stuck_ms);
-        next = next == 0 ? since : Min(next, since);
         stuck_ms = Min(stuck_ms * 2, POLL_MS);
         since = kne_batch_fault_over();
         if (since != 0)
@@ -202,19 +206,25 @@ static void
 repair(void)
 {
     KneBatch *b;
-    int64    *id;
-    int       n = 0, i;
+    int64    *id, *consolidation;
+    int       n = 0, n_consolidations = 0, i;
 
     if (repaired || GetCurrentTimestamp() < repair_at)
         return;
     for (b = held; b; b = b->next)
         n += b->n;
     id = palloc(sizeof(int64) * Max(n, 1));
+    consolidation = palloc(sizeof(int64) * (n_held + 1));
     for (n = 0, b = held; b; b = b->next)
+    {
         for (i = 0; i < b->n; i++)
             id[n++] = b->edit_id[i];
+        if (b->consolidation)
+            consolidation[n_consolidations++] = b->consolidation;
+    }
     kne_begin();
     repaired = kne_repair_orphans(id, n);
+    repaired &= kne_repair_consolidations(consolidation, n_consolidations);
     kne_commit();
     repair_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), 1000);
 }
@@ -244,7 +254,14 @@ one_round(TimestampTz *next)
     if (kne_enabled && kne_engine_up() && n_held < MAX_HELD)
     {
         kne_begin();
-        batch = kne_batch_claim();
+        batch = kne_consolidation_claim(false);
+        if (!batch)
+            batch = kne_batch_claim();
+        if (!batch)
+        {
+            kne_autoconsolidate_queue();
+            batch = kne_consolidation_claim(true);
+        }
         kne_commit();
         if (batch)
             MemoryContextSetParent(batch->mcxt, TopMemoryContext);

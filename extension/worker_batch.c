@@ -35,8 +35,8 @@ static int         batch_limit = INT_MAX; /* smaller after a batch was too much 
 static TimestampTz looked_at = 0;
 static bool        look_again = false;
 
-static void
-slot_note(const char *note)
+void
+kne_batch_note(const char *note)
 {
     LWLockAcquire(&kne_shared->lock, LW_EXCLUSIVE);
     strlcpy(KNE_MORE->note, note, sizeof(KNE_MORE->note));
@@ -48,7 +48,9 @@ show_batch(const KneBatch *batch, const char *what)
 {
     char text[128];
 
-    if (batch->n == 1)
+    if (batch->consolidation)
+        snprintf(text, sizeof(text), "kne: consolidation " INT64_FORMAT " of %d edits, %s", batch->consolidation, batch->n, what);
+    else if (batch->n == 1)
         snprintf(text, sizeof(text), "kne: edit " INT64_FORMAT ", %s", batch->edit_id[0], what);
     else
         snprintf(text, sizeof(text), "kne: edit " INT64_FORMAT " and %d more, %s", batch->edit_id[0], batch->n - 1, what);
@@ -82,9 +84,8 @@ kne_batch_fault_over(void)
     return first;
 }
 
-/* Returns for how many seconds the model waits. */
-static int
-add_fault(int32 model_id)
+int
+kne_batch_fault(int32 model_id)
 {
     Fault *f = fault_of(model_id);
 
@@ -118,8 +119,8 @@ clear_fault(int32 model_id)
     LWLockRelease(&kne_shared->lock);
 }
 
-static Datum
-waiting_models(void)
+Datum
+kne_batch_waiting_models(void)
 {
     TimestampTz now = GetCurrentTimestamp();
     int32       model_id[MAX_FAULTS];
@@ -167,7 +168,7 @@ kne_batch_claim(void)
     int32         model_id, deaths;
     char         *options;
 
-    values[0] = waiting_models();
+    values[0] = kne_batch_waiting_models();
     if (kne_sql(first, 1, first_types, values, NULL) == 0)
         return NULL;
     oldest = kne_sql_int8(0, 1);
@@ -283,6 +284,7 @@ look_for_cancelled(KneBatch *batch)
 static void
 while_computing(void *arg)
 {
+    KneBatch   *batch = arg;
     TimestampTz now;
     bool        look;
 
@@ -299,33 +301,46 @@ while_computing(void *arg)
     if (!look && !look_again)
         return;
     looked_at = now;
-    look_again = !look_for_cancelled(arg);
+    if (batch->consolidation)
+        kne_consolidation_look(batch);
+    else
+        look_again = !look_for_cancelled(batch);
 }
 
-static void
-compute(KneBatch *batch)
+/* The model that the batch starts from: without the edits that it would supersede, or without any to consolidate. */
+static KneView *
+view_before(KneBatch *batch)
 {
     static const char same_facts[] =
         "SELECT r.edit_id FROM kne.edit_request r, kne.edit_request b WHERE b.edit_id = ANY ($1) AND r.state = 'applied'"
         " AND r.model_id = b.model_id AND r.subject = b.subject AND r.relation = b.relation";
     static const Oid type = INT8ARRAYOID;
-    KneEditSpec *spec = palloc(sizeof(KneEditSpec) * batch->n);
-    KneView     *view;
-    kne_wbuf     w;
-    KneReply     reply;
-    size_t       after_view;
-    Datum        value;
-    uint64       n, i;
-    int64       *without;
-    int          k;
+    Datum   value;
+    uint64  n, i;
+    int64  *without;
 
-    kne_begin();
+    if (batch->consolidation)
+        return kne_view_base(kne_model_by_id(batch->model_id));
     value = kne_int8_array(batch->edit_id, batch->n);
     n = kne_sql(same_facts, 1, &type, &value, NULL);
     without = palloc(sizeof(int64) * Max(n, 1));
     for (i = 0; i < n; i++)
         without[i] = kne_sql_int8(i, 1);
-    view = kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, without, (int) n);
+    return kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, without, (int) n);
+}
+
+static void
+compute(KneBatch *batch)
+{
+    KneEditSpec *spec = palloc(sizeof(KneEditSpec) * batch->n);
+    KneView     *view;
+    kne_wbuf     w;
+    KneReply     reply;
+    size_t       after_view;
+    int          k;
+
+    kne_begin();
+    view = view_before(batch);
     for (k = 0; k < batch->n; k++)
         spec[k] = batch->job[k].spec;
     kne_wbuf_init(&w);
@@ -334,7 +349,7 @@ compute(KneBatch *batch)
     kne_put_edit_body(&w, view->model, batch->options, batch->n, spec);
     kne_commit();
 
-    look_again = false;
+    look_again = batch->consolidation != 0; /* it may have been cancelled before it was at work */
     kne_call_idle(while_computing, batch);
     kne_call_view(view, KNE_MSG_EDIT, &w, progress, batch, &reply);
     kne_call_idle(NULL, NULL);
@@ -342,6 +357,8 @@ compute(KneBatch *batch)
     kne_begin();
     kne_read_outcomes(batch, &reply, w.p + after_view, w.len - after_view);
     kne_commit();
+    if (batch->consolidation)
+        kne_consolidation_outcome(batch);
 }
 
 /* ---------------------------------------------------------------- a batch that did not come back */
@@ -369,6 +386,11 @@ judge(KneBatch *batch, const ErrorData *e)
     char *error = e->detail ? psprintf("%s (%s)", e->message, e->detail) : e->message;
     int   i;
 
+    if (batch->consolidation)
+    {
+        kne_consolidation_judge(batch, e, error);
+        return;
+    }
     switch (e->sqlerrcode)
     {
         case ERRCODE_CONNECTION_FAILURE: /* the engine died */
@@ -386,7 +408,7 @@ judge(KneBatch *batch, const ErrorData *e)
 
         case ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE: /* there is no engine */
             every_job(batch, KNE_REQUEUE, error, 1);
-            slot_note(error);
+            kne_batch_note(error);
             break;
 
         case ERRCODE_QUERY_CANCELED: /* kne.enabled, all were cancelled, or somebody's pg_cancel_backend */
@@ -401,8 +423,8 @@ judge(KneBatch *batch, const ErrorData *e)
         case ERRCODE_INVALID_BINARY_REPRESENTATION: /* the model */
         case ERRCODE_FEATURE_NOT_SUPPORTED:
         case ERRCODE_IO_ERROR:
-            every_job(batch, KNE_REQUEUE, error, add_fault(batch->model_id));
-            slot_note(error);
+            every_job(batch, KNE_REQUEUE, error, kne_batch_fault(batch->model_id));
+            kne_batch_note(error);
             break;
 
         case ERRCODE_INVALID_PARAMETER_VALUE: /* the options, which they share */
@@ -440,6 +462,7 @@ kne_batch_run(KneBatch *batch)
     LWLockAcquire(&kne_shared->lock, LW_EXCLUSIVE);
     KNE_SLOT->model_id = batch->model_id;
     KNE_SLOT->first_edit = batch->edit_id[0];
+    KNE_SLOT->consolidation = batch->consolidation;
     KNE_SLOT->n_edits = batch->n;
     KNE_SLOT->phase = KNE_SLOT->done = KNE_SLOT->total = KNE_SLOT->finished = 0;
     KNE_SLOT->loss = 0;
@@ -451,7 +474,7 @@ kne_batch_run(KneBatch *batch)
     {
         compute(batch);
         clear_fault(batch->model_id);
-        if (batch_limit < kne_batch_size)
+        if (batch_limit < kne_batch_size && !batch->consolidation)
             batch_limit *= 2;
     }
     PG_CATCH();

@@ -192,10 +192,10 @@ put_ensemble(const KneJob *job)
 {
     static const char sql[] =
         "INSERT INTO kne.ensemble (edit_id, generation, layer, neuron, score, token_scores)"
-        " SELECT $1, 0, ($2::int4[])[i], ($3::int4[])[i], ($4::float4[])[i],"
+        " SELECT $1, $8, ($2::int4[])[i], ($3::int4[])[i], ($4::float4[])[i],"
         " coalesce(($5::float4[])[(i - 1) * $6 + 1 : i * $6], '{}')"
         " FROM generate_series(1, $7) i";
-    static const Oid types[] = {INT8OID, INT4ARRAYOID, INT4ARRAYOID, FLOAT4ARRAYOID, FLOAT4ARRAYOID, INT4OID, INT4OID};
+    static const Oid types[] = {INT8OID, INT4ARRAYOID, INT4ARRAYOID, FLOAT4ARRAYOID, FLOAT4ARRAYOID, INT4OID, INT4OID, INT4OID};
     kne_rbuf r = job->ensemble;
     uint32   done = 0;
 
@@ -204,7 +204,7 @@ put_ensemble(const KneJob *job)
         uint32 left = job->n_ensemble - done, n = 0, width = 0, i;
         int32 *layer, *neuron;
         float *score, *scores = NULL;
-        Datum  values[7];
+        Datum  values[8];
 
         /* Rows of one width, as many as fit. */
         layer = palloc_extended(left * sizeof(int32), MCXT_ALLOC_HUGE);
@@ -242,7 +242,8 @@ put_ensemble(const KneJob *job)
         values[4] = kne_float4_array(scores, n * width);
         values[5] = Int32GetDatum(width);
         values[6] = Int32GetDatum(n);
-        kne_sql(sql, 7, types, values, NULL);
+        values[7] = Int32GetDatum(job->generation);
+        kne_sql(sql, 8, types, values, NULL);
         done += n;
     }
 }
@@ -252,11 +253,11 @@ put_deltas(const KneJob *job)
 {
     static const char sql[] =
         "INSERT INTO kne.weight_delta (edit_id, generation, layer, neuron, matrix, delta)"
-        " SELECT $1, 0, ($2::int4[])[i], ($3::int4[])[i],"
+        " SELECT $1, $8, ($2::int4[])[i], ($3::int4[])[i],"
         " CASE ($4::int4[])[i] WHEN 0 THEN 'down' WHEN 1 THEN 'gate' ELSE 'up' END,"
         " ($5::float4[])[(i - 1) * $6 + 1 : i * $6]"
         " FROM generate_series(1, $7) i";
-    static const Oid types[] = {INT8OID, INT4ARRAYOID, INT4ARRAYOID, INT4ARRAYOID, FLOAT4ARRAYOID, INT4OID, INT4OID};
+    static const Oid types[] = {INT8OID, INT4ARRAYOID, INT4ARRAYOID, INT4ARRAYOID, FLOAT4ARRAYOID, INT4OID, INT4OID, INT4OID};
     kne_rbuf r = job->rows;
     uint32   done = 0;
 
@@ -265,7 +266,7 @@ put_deltas(const KneJob *job)
         uint32 left = job->n_rows - done, n = 0, width = 0, i;
         int32 *layer, *neuron, *matrix;
         float *deltas = NULL;
-        Datum  values[7];
+        Datum  values[8];
 
         layer = palloc_extended(left * sizeof(int32), MCXT_ALLOC_HUGE);
         neuron = palloc_extended(left * sizeof(int32), MCXT_ALLOC_HUGE);
@@ -303,22 +304,23 @@ put_deltas(const KneJob *job)
         values[4] = kne_float4_array(deltas, n * width);
         values[5] = Int32GetDatum(width);
         values[6] = Int32GetDatum(n);
-        kne_sql(sql, 7, types, values, NULL);
+        values[7] = Int32GetDatum(job->generation);
+        kne_sql(sql, 8, types, values, NULL);
         done += n;
     }
 }
 
-static void
-put_solution(const KneBatch *batch, const KneJob *job)
+void
+kne_put_solution(const KneBatch *batch, const KneJob *job)
 {
     static const char sql[] =
         "INSERT INTO kne.solution (edit_id, generation, model_id, digest, n_neurons, n_rows, norm, answer_before,"
-        " p_before, p_after, steps, attribute_seconds, optimise_seconds, provenance)"
-        " VALUES ($1, 0, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13::jsonb)";
+        " p_before, p_after, steps, attribute_seconds, optimise_seconds, provenance, consolidation_id)"
+        " VALUES ($1, $14, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13::jsonb, nullif($15, 0))";
     static const Oid types[] = {INT8OID, INT4OID, BYTEAOID, INT4OID, INT4OID, FLOAT8OID, TEXTOID, FLOAT8OID, FLOAT8OID,
-        INT4OID, FLOAT8OID, FLOAT8OID, TEXTOID};
+        INT4OID, FLOAT8OID, FLOAT8OID, TEXTOID, INT4OID, INT8OID};
     bytea *digest = palloc(VARHDRSZ + sizeof(job->digest));
-    Datum  values[13];
+    Datum  values[15];
 
     SET_VARSIZE(digest, VARHDRSZ + sizeof(job->digest));
     memcpy(VARDATA(digest), job->digest, sizeof(job->digest));
@@ -335,7 +337,11 @@ put_solution(const KneBatch *batch, const KneJob *job)
     values[10] = Float8GetDatum(batch->attribute_seconds);
     values[11] = Float8GetDatum(batch->optimise_seconds);
     values[12] = CStringGetTextDatum(batch->provenance);
-    kne_sql(sql, 13, types, values, NULL);
+    values[13] = Int32GetDatum(job->generation);
+    values[14] = Int64GetDatum(batch->consolidation);
+    kne_sql(sql, 15, types, values, NULL);
+    put_ensemble(job);
+    put_deltas(job);
 }
 
 /* ---------------------------------------------------------------- one edit */
@@ -445,9 +451,7 @@ apply_job(KneBatch *batch, KneJob *job, int64 applied)
 
     if (applied != 0)
         supersede(applied, job->spec.edit_id);
-    put_solution(batch, job);
-    put_ensemble(job);
-    put_deltas(job);
+    kne_put_solution(batch, job);
     values[0] = Int32GetDatum(batch->model_id);
     values[1] = Int64GetDatum(job->spec.edit_id);
     kne_sql(activate, 2, types, values, NULL);
@@ -500,6 +504,7 @@ write_job(KneBatch *batch, KneJob *job)
             end_job(job, "pending", false, job->error);
             break;
         case KNE_DONE:
+        case KNE_ABANDON:
             break;
     }
     return true;
@@ -591,7 +596,10 @@ write_disturbed(const KneBatch *batch)
         kne_json_open(&detail);
         kne_json_text(&detail, "prompt", k->prompt);
         kne_json_text(&detail, "object", k->object);
-        appendStringInfo(&detail, ", \"by\": [%s]", by.data);
+        if (batch->consolidation)
+            kne_json_int(&detail, "consolidation", batch->consolidation);
+        else
+            appendStringInfo(&detail, ", \"by\": [%s]", by.data);
         kne_event(k->edit_id != 0 ? k->edit_id : first, "disturbed", kne_json_close(&detail));
     }
 }
@@ -629,7 +637,7 @@ kne_record(KneBatch *batch)
     MemoryContext old = MemoryContextSwitchTo(batch->mcxt);
     int           i;
 
-    for (i = 0; i < batch->n; i++)
+    for (i = 0; i < batch->n && !batch->consolidation; i++)
     {
         KneJob *job = &batch->job[i];
 
@@ -639,8 +647,11 @@ kne_record(KneBatch *batch)
         if (record_job(batch, job))
             job->verdict = KNE_DONE;
     }
-    for (batch->open = i = 0; i < batch->n; i++)
-        batch->open += batch->job[i].verdict != KNE_DONE;
+    if (batch->consolidation)
+        kne_consolidation_record(batch);
+    else
+        for (batch->open = i = 0; i < batch->n; i++)
+            batch->open += batch->job[i].verdict != KNE_DONE;
     if (batch->open > 0)
     {
         long wait = Min(100L << Min(batch->rounds, 4), MAX_REPEAT_MS);

@@ -27,7 +27,7 @@
 
 #include "kne_proc.h"
 
-#define MAX_PLANS 48
+#define MAX_PLANS 96
 
 static Oid           owner = InvalidOid;
 static MemoryContext callers = NULL;

@@ -11,6 +11,7 @@ GRANT INSERT (model_id, subject, relation, object, options) ON kne.edit_request 
 GRANT INSERT (model_id, subject, relation, object) ON kne.fact TO kne_editor;
 GRANT SELECT ON kne.model, kne.relation, kne.fact, kne.edit_request, kne.edit_event, kne.edit_history TO kne_editor;
 GRANT EXECUTE ON FUNCTION kne_load_model, kne_drop_model, kne_adopt, kne_status, kne.stat_workers TO kne_owner;
+GRANT EXECUTE ON FUNCTION kne_consolidate, kne_wait_consolidation, kne_cancel_consolidation TO kne_owner;
 GRANT SELECT ON ALL TABLES IN SCHEMA kne TO kne_owner;
 GRANT INSERT, UPDATE, DELETE ON kne.relation, kne.general_fact TO kne_owner;
 GRANT UPDATE (is_default) ON kne.model TO kne_owner;

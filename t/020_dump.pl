@@ -23,10 +23,11 @@ $node->safe_psql('postgres', "SELECT kne_wait($gone)");
 $node->safe_psql('postgres', "SELECT kne_revert($gone)");
 kne_enable($node, 0);
 my $pending = kne_edit($node, 'Spain', 'Paris');
+my $consolidation = $node->safe_psql('postgres', 'SELECT kne_consolidate()');
 
 # everything but where a request comes from
 my $tables = join(";\n", map { "SELECT '$_', x FROM kne.$_ x ORDER BY x::text" }
-		qw(model relation edit_request fact solution ensemble weight_delta activation edit_event general_fact));
+		qw(model relation edit_request fact solution ensemble weight_delta activation edit_event general_fact consolidation));
 my $answers = "SELECT p, kne_complete(p), kne_logprob(p, 'Paris'), kne_complete(p, as_of => (SELECT min(valid_from) FROM kne.activation))"
 	. " FROM unnest(ARRAY['The capital of France is', 'The capital of Italy is', 'The capital of Spain is']) p ORDER BY p";
 my $rows_before = $node->safe_psql('postgres', $tables);
@@ -57,8 +58,11 @@ for my $db ('restored', 'copied')
 	like($err, qr/requested in another database.*kne_adopt/s, "and not in $db");
 }
 is($node->safe_psql('restored', "SELECT state FROM kne.edit_request WHERE edit_id = $pending"), 'pending', 'still pending');
-is($node->safe_psql('restored', 'SELECT kne_adopt()'), '1', 'adopted');
+is($node->safe_psql('postgres', "SELECT kne_wait_consolidation($consolidation)"), 'applied', 'so does the consolidation');
+is($node->safe_psql('restored', 'SELECT state FROM kne.consolidation'), 'pending', 'and not there');
+is($node->safe_psql('restored', 'SELECT kne_adopt()'), '2', 'adopted');
 is($node->safe_psql('restored', "SELECT kne_wait($pending)"), 'applied', 'and run');
+is($node->safe_psql('restored', "SELECT kne_wait_consolidation($consolidation)"), 'applied', 'and consolidated');
 my $new = kne_edit($node, 'Spain', 'Rome', 'copied');
 is($node->safe_psql('copied', "SELECT kne_wait($new)"), 'applied', 'a new request runs in the copy');
 is($node->safe_psql('copied', "SELECT state FROM kne.edit_request WHERE edit_id = $pending"), 'pending', 'the copied one does not');
