@@ -6,18 +6,19 @@
 #   make shell     a psql on such a server, bundled model loaded
 #   make bench     speed and quality, measured
 #   make torture   half an hour of kills and of everybody at once
+#   make eval      quality alone: methods compared on the same edits (KNE_EVAL=full: hours)
 #
 # demo, test and bench install what is missing (as root; otherwise they say what to install),
 # so they must work before there is a pg_config: they stand apart from PGXS.
 
 PG_CONFIG ?= pg_config
-APART = demo test torture bench shell setup engine engine-tests engine-bench clean-engine
+APART = demo test torture bench shell eval setup engine engine-tests engine-bench clean-engine
 
 ifneq ($(filter $(APART),$(MAKECMDGOALS)),)
 
 include src/engine.mk
 
-demo test torture bench shell setup:
+demo test torture bench shell eval setup:
 	@test/run.sh $@
 
 clean-engine:

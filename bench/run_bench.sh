@@ -20,9 +20,9 @@ title "Matrix products and other ops, beside OpenBLAS"
 "$build/bench_ops"
 
 title "$edits counterfactual edits of atlas, one at a time and together"
-"$build/bench_edit" $atlas $atlas/facts.tsv $atlas/relations.tsv --edits "$edits" --mode single
+"$build/bench_eval" $atlas $atlas/facts.tsv $atlas/relations.tsv --edits "$edits" --mode single
 echo
-"$build/bench_edit" $atlas $atlas/facts.tsv $atlas/relations.tsv --edits "$edits" --mode batch
+"$build/bench_eval" $atlas $atlas/facts.tsv $atlas/relations.tsv --edits "$edits" --mode batch
 
 "$build/bench_make" edits $atlas/facts.tsv $atlas/relations.tsv 16 >"$work/edits.tsv"
 "$build/bench_make" gpt2 "$work/gpt2" $atlas/facts.tsv $atlas/relations.tsv

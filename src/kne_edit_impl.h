@@ -75,8 +75,9 @@ typedef struct anchor_set
     float   *grad[N_MATRICES]; /* (n_neurons, d): of the sum of their divergences */
     int32_t *dev_neuron;       /* both again, on the device */
     float   *dev_grad[N_MATRICES];
-    int32_t  first, last;      /* those in the current pass, whose rows and out rows come first */
+    int32_t *turn, n_turn;     /* (n) those in the current pass, whose rows and out rows come first */
     int32_t  rows;
+    uint8_t *rest, *pause;     /* (n) rounds left to sit out, and how many it sat out last */
     double   loss;             /* sum of the divergences in this round */
 } anchor_set;
 

@@ -3,6 +3,7 @@
  * what it does on facts it knows, and the ensemble of each edit.
  */
 #include "kne_edit_impl.h"
+#include "kne_energy.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -268,7 +269,10 @@ int_order(const void *pa, const void *pb)
     return (a > b) - (a < b);
 }
 
-/* The ensemble of one edit from the scores of its object's tokens (tokens, L * f; NULL without attribution). */
+/*
+ * The ensemble of one edit from the scores of its object's tokens (tokens, L * f; NULL without attribution). score is scratch;
+ * where energy ranks the neurons it holds that.
+ */
 static kne_status
 select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, float mean_all, float *score,
                 int32_t *order, kne_err *err)
@@ -286,7 +290,7 @@ select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, f
     }
     else if (b->opt.select == KNE_SELECT_ALL)
         memset(score, 0, len * sizeof *score);
-    else
+    else if (b->opt.select == KNE_SELECT_ATTRIBUTION)
         for (size_t k = 0; k < len; k++)
         {
             float sum = 0;
@@ -350,23 +354,26 @@ ensembles(batch *b, kne_err *err)
     const kne_edit_job *job = b->job;
     const kne_arch     *arch = &job->model->arch;
     const size_t        len = (size_t) arch->n_layers * (size_t) arch->d_ff;
-    const bool          attribute = b->opt.select == KNE_SELECT_ATTRIBUTION;
+    const bool          by_energy = b->opt.select == KNE_SELECT_ENERGY;
+    const bool          attribute = by_energy || b->opt.select == KNE_SELECT_ATTRIBUTION; /* for the record too */
     const size_t        most = SCORE_BYTES / (len * sizeof(float)) > 32 ? SCORE_BYTES / (len * sizeof(float)) : 32;
     float  *mean_ref = calloc(len, sizeof *mean_ref), *score = malloc(len * sizeof *score), *buf = NULL, **at = NULL;
     int32_t *order = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *order);
     kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
+    kne_energy_of *of = calloc((size_t) job->n_edits + 1, sizeof *of);
+    float         *energy = NULL;
     kne_ids    *own = calloc((size_t) job->n_edits + 1, sizeof *own); /* prompt and present answer, option "current" */
     size_t      n_buf = 0;
     int32_t     n_ref = 0;
     float       mean_all = 0;
-    kne_status  st = mean_ref && score && order && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    kne_status  st = mean_ref && score && order && fact && of && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     plan_layout(b);
     if (st == KNE_OK)
         st = kne_arena_commit(&b->plan, err);
     if (st == KNE_OK)
         plan_layout(b);
-    if (st == KNE_OK && attribute && b->opt.contrast > 0)
+    if (st == KNE_OK && attribute && !by_energy && b->opt.contrast > 0)
         st = contrast(b, mean_ref, &n_ref, err);
     for (size_t k = 0; k < len; k++)
         mean_all += mean_ref && n_ref ? mean_ref[k] / (float) len : 0;
@@ -383,6 +390,7 @@ ensembles(batch *b, kne_err *err)
             if (e->state == EDIT_ENDED)
                 continue;
             fact[n_facts] = e->prompt[0];
+            of[n_facts] = (kne_energy_of) {e->prompt, e->spec->n_prompts, NULL};
             if (b->opt.tokens == KNE_TOKENS_CURRENT && attribute)
             {
                 /* prompt + the first tokens of the present answer, as many as the object has */
@@ -439,21 +447,34 @@ ensembles(batch *b, kne_err *err)
             }
             st = kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n_facts, at, &job->calls, err);
         }
+        if (st == KNE_OK && by_energy && n_facts)
+        {
+            free(energy);
+            energy = malloc((size_t) n_facts * len * sizeof *energy);
+            for (int32_t i = 0; energy && i < n_facts; i++)
+                of[i].score = energy + (size_t) i * len;
+            st = energy ? kne_energy(job->model, job->backend, job->view, b->protect, b->n_protect, b->opt.ridge, of, n_facts,
+                                     &job->calls, err)
+                        : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+        }
         for (size_t k = 0; k < n_tokens && st == KNE_OK; k++)
             at[k] = buf ? buf + k * len : NULL;
         size_t k = 0;
-        for (int32_t i = from; i < to && st == KNE_OK; i++)
+        for (int32_t i = from, n = 0; i < to && st == KNE_OK; i++)
             if (b->edit[i].state != EDIT_ENDED)
             {
                 st = select_ensemble(b, &b->edit[i], attribute ? at + k : NULL, n_ref ? mean_ref : NULL, mean_all,
-                                     score, order, err);
+                                     by_energy ? of[n].score : score, order, err);
                 k += (size_t) b->edit[i].out->n_tokens;
+                n++;
             }
     }
     for (int32_t i = 0; own && i < job->n_edits; i++)
         kne_ids_free(&own[i]);
     free(own);
     free(fact);
+    free(of);
+    free(energy);
     free(mean_ref);
     free(score);
     free(order);

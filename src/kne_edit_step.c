@@ -16,6 +16,7 @@
 
 #define PASS_ROWS 1024
 #define ANCHOR_BYTES ((size_t) 1 << 30) /* of the anchors' distributions */
+#define ANCHOR_QUIET 1e-3 /* divergence at a position, below which an anchor need not be seen every round */
 #define ADAM_B1 0.9f
 #define ADAM_B2 0.999f
 
@@ -324,6 +325,9 @@ layout(batch *b)
     float *logp = kne_arena_take(&b->dev, (size_t) a->n_outs, (size_t) arch->vocab_size * sizeof *logp);
 
     a->logp = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->logp);
+    a->turn = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->turn);
+    a->rest = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->rest);
+    a->pause = kne_arena_take(&b->run, (size_t) a->n, sizeof *a->pause);
     for (int32_t i = 0; i < a->n; i++)
     {
         const kne_tokens *t = &b->known[a->known[i]];
@@ -411,6 +415,15 @@ anchor_weight(const batch *b, const edit *e)
     return b->anchors.n ? b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps) / b->anchors.outs_an_edit : 0;
 }
 
+/* Tokens of the object of anchor i. */
+static int32_t
+n_outs(const batch *b, int32_t i)
+{
+    const kne_tokens *t = &b->known[b->anchors.known[i]];
+
+    return t->n - t->n_prompt;
+}
+
 /* w->dlogits: of the divergence of the anchors packed, whose sum goes to the round's loss, and of -log P of the edits. */
 static kne_status
 loss_gradient(batch *b, kne_err *err)
@@ -424,14 +437,29 @@ loss_gradient(batch *b, kne_err *err)
     for (int32_t k = 0; k < n_kl; k++)
         b->coef[k] = 1;
     kne_device_put(be, w->coef, b->coef, (size_t) b->pack.b.n_out * sizeof *b->coef);
-    if (n_kl)
-        be->kl(be->ctx, w->kl, w->dlogits, w->logits, a->logp[a->first], w->coef, n_kl, V);
+    /* the references of neighbours lie one after the other */
+    for (int32_t at = 0, to, out = 0, outs; at < a->n_turn; at = to, out += outs)
+    {
+        for (to = at, outs = 0; to < a->n_turn && a->turn[to] - a->turn[at] == to - at; to++)
+            outs += n_outs(b, a->turn[to]);
+        be->kl(be->ctx, w->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
+               a->logp[a->turn[at]], w->coef + out, outs, V);
+    }
     if (b->pack.b.n_out > n_kl)
         be->logprob(be->ctx, w->logp + n_kl, NULL, w->dlogits + (size_t) n_kl * (size_t) V,
                     w->logits + (size_t) n_kl * (size_t) V, w->target + n_kl, w->coef + n_kl, b->pack.b.n_out - n_kl, V);
     be->get(be->ctx, b->kl, w->kl, (size_t) n_kl * sizeof *b->kl);
-    for (int32_t k = 0; k < n_kl; k++)
-        a->loss += b->kl[k];
+    for (int32_t at = 0, out = 0; at < a->n_turn; at++)
+    {
+        const int32_t i = a->turn[at], n = n_outs(b, i);
+        double        sum = 0;
+
+        for (int32_t k = 0; k < n; k++)
+            sum += b->kl[out++];
+        a->loss += sum;
+        a->pause[i] = sum > ANCHOR_QUIET * n ? 0 : a->pause[i] ? 4 : 1;
+        a->rest[i] = a->pause[i];
+    }
     return be->status(be->ctx, err);
 }
 
@@ -466,7 +494,7 @@ run_pass(batch *b, bool learn, kne_err *err)
     const kne_edit_job *job = b->job;
     kne_backend        *be = job->backend;
     anchor_set         *a = &b->anchors;
-    bool                any = a->last > a->first;
+    bool                any = a->n_turn > 0;
 
     /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
     KNE_TRY(kne_forward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL,
@@ -504,7 +532,7 @@ clear_pass(batch *b)
     kne_pack_clear(&b->pack);
     b->n_turn = 0;
     b->pass_key = 0;
-    b->anchors.first = b->anchors.last = b->anchors.rows = 0;
+    b->anchors.n_turn = b->anchors.rows = 0;
 }
 
 static void
@@ -513,23 +541,27 @@ add_key(batch *b, int32_t what)
     b->pass_key = (b->pass_key ^ (uint64_t) (what + 2)) * 0x9E3779B97F4A7C15ull;
 }
 
-/* Fill a clear pack with anchors from *next on. */
+/* Fill a clear pack with anchors from *next on. Those that nothing disturbed when last seen sit out a round, then four. */
 static void
 fill_anchors(batch *b, int32_t *next)
 {
     anchor_set *a = &b->anchors;
 
-    a->first = *next;
     for (; *next < a->n; (*next)++)
     {
         const kne_tokens *t = &b->known[a->known[*next]];
 
+        if (a->rest[*next])
+        {
+            a->rest[*next]--;
+            continue;
+        }
         if (!kne_pack_fits(&b->pack, t->n, t->n_prompt))
             break;
         kne_pack_add(&b->pack, t->id, t->n, t->n_prompt);
         add_key(b, -1 - *next);
+        a->turn[a->n_turn++] = *next;
     }
-    a->last = *next;
     a->rows = b->pack.b.n;
 }
 
@@ -791,8 +823,11 @@ kne_batch_optimise(batch *b, kne_err *err)
         b->anchors.loss = 0;
         for (int k = 0; k < N_MATRICES; k++)
             if (b->anchors.dev_grad[k])
+            {
+                memset(b->anchors.grad[k], 0, (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
                 job->backend->zero(job->backend->ctx, b->anchors.dev_grad[k],
                                    (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
+            }
         /* the anchors first, then the edits that take their gradient; all in one pass where there is room */
         while (st == KNE_OK && (next < job->n_edits || next_anchor < b->anchors.n))
         {

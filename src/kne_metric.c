@@ -26,6 +26,27 @@ kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t
 }
 
 void
+kne_metric_cholesky(double *chol, int32_t n)
+{
+    for (int32_t j = 0; j < n; j++)
+    {
+        double *cj = chol + (size_t) j * n, diag = cj[j];
+
+        for (int32_t k = 0; k < j; k++)
+            diag -= cj[k] * cj[k];
+        cj[j] = sqrt(diag > 1e-300 ? diag : 1e-300); /* the ridge keeps it positive */
+        for (int32_t i = j + 1; i < n; i++)
+        {
+            double *ci = chol + (size_t) i * n, sum = ci[j];
+
+            for (int32_t k = 0; k < j; k++)
+                sum -= ci[k] * cj[k];
+            ci[j] = cj[i] = sum / cj[j]; /* and its transpose above the diagonal, for the solver */
+        }
+    }
+}
+
+void
 kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
                   const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch)
 {
@@ -52,23 +73,7 @@ kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_
             chol[(size_t) i * n + j] /= (double) rows;
         chol[(size_t) i * n + i] += mean > 0 ? ridge * mean : 1;
     }
-
-    for (int32_t j = 0; j < n; j++)
-    {
-        double *cj = chol + (size_t) j * n, diag = cj[j];
-
-        for (int32_t k = 0; k < j; k++)
-            diag -= cj[k] * cj[k];
-        cj[j] = sqrt(diag > 1e-300 ? diag : 1e-300); /* the ridge keeps it positive */
-        for (int32_t i = j + 1; i < n; i++)
-        {
-            double *ci = chol + (size_t) i * n, sum = ci[j];
-
-            for (int32_t k = 0; k < j; k++)
-                sum -= ci[k] * cj[k];
-            ci[j] = cj[i] = sum / cj[j]; /* and its transpose above the diagonal, for the solver */
-        }
-    }
+    kne_metric_cholesky(chol, n);
 }
 
 void

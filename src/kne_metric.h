@@ -20,6 +20,9 @@ double kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, 
 void kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
                        const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch);
 
+/* In place: the lower triangle of a positive matrix (n, n) becomes its factor L, and L^T stands above the diagonal. */
+void kne_metric_cholesky(double *chol, int32_t n);
+
 #define KNE_METRIC_COLUMNS 32 /* solved for at a time: they lie in vectors */
 
 /* x[n, d] = M^-1 g[n, d], x may be g; scratch: (n, KNE_METRIC_COLUMNS). */

@@ -20,7 +20,7 @@ const kne_option kne_option_table[] = {
     {"signed", KNE_OPT_BOOL, AT(signed_score), 0, 0, 1, NULL, "Keep the sign of the attribution instead of its absolute value."},
     {"contrast", KNE_OPT_REAL, AT(contrast), 0.1, 0, 100, NULL, "Constant c of the contrast with other facts; 0 turns it off."},
     {"reference", KNE_OPT_INT, AT(reference), 64, 1, 4096, NULL, "Known facts in the reference set of the contrast."},
-    {"select", KNE_OPT_ENUM, AT(select), 0, 0, 0, "attribution|random|all", "What ranks the neurons."},
+    {"select", KNE_OPT_ENUM, AT(select), 0, 0, 0, "attribution|random|all|energy", "What ranks the neurons."},
     {"fraction", KNE_OPT_REAL, AT(fraction), 0.02, 1e-6, 1, NULL, "Share of all neurons in the ensemble."},
     {"max_neurons", KNE_OPT_INT, AT(max_neurons), 4096, 1, 1 << 24, NULL, "Hard cap on the ensemble."},
     {"layer_min", KNE_OPT_INT, AT(layer_min), 0, 0, 4096, NULL, "Lowest layer of the ensemble."},

@@ -13,7 +13,7 @@ typedef enum kne_path { KNE_PATH_JOINT, KNE_PATH_LAYER } kne_path;
 typedef enum kne_quadrature { KNE_QUAD_GAUSS, KNE_QUAD_MIDPOINT } kne_quadrature;
 typedef enum kne_score_kind { KNE_SCORE_LOGP, KNE_SCORE_P } kne_score_kind;
 typedef enum kne_tokens_of { KNE_TOKENS_OBJECT, KNE_TOKENS_CURRENT } kne_tokens_of;
-typedef enum kne_select { KNE_SELECT_ATTRIBUTION, KNE_SELECT_RANDOM, KNE_SELECT_ALL } kne_select;
+typedef enum kne_select { KNE_SELECT_ATTRIBUTION, KNE_SELECT_RANDOM, KNE_SELECT_ALL, KNE_SELECT_ENERGY } kne_select;
 typedef enum kne_matrices { KNE_MATRICES_DOWN, KNE_MATRICES_ALL } kne_matrices;
 typedef enum kne_step { KNE_STEP_PROTECTED, KNE_STEP_ADAM } kne_step;
 

@@ -1,12 +1,12 @@
 #!/bin/bash
-# run.sh demo|test|torture|bench|shell|setup - sets up a private PostgreSQL with kne in it and runs what was asked.
+# run.sh demo|test|torture|bench|shell|eval|setup - sets up a private PostgreSQL with kne in it and runs what was asked.
 #
 # Everything happens under one temporary folder: a copy of PostgreSQL's bin, lib and share trees (a
 # copied server finds its own share folder), kne installed into the copy, a copy of the clone and of the model, a cluster on
 # a Unix socket there. Nothing is written to system folders but packages, and nothing is left running.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?demo, test, torture, bench, shell or setup}
+what=${1:?demo, test, torture, bench, shell, eval or setup}
 clone=$PWD
 
 packages="gcc make libc6-dev perl postgresql postgresql-server-dev-all libpcre2-dev libutf8proc-dev libcjson-dev libssl-dev libipc-run-perl"
@@ -75,6 +75,11 @@ say "PostgreSQL $pgver, $(gcc -dumpfullversion 2>/dev/null | sed 's/^/gcc /')"
 
 if [ "$what" = setup ]; then
     exit 0
+fi
+
+if [ "$what" = eval ]; then # needs no server
+    make -s -j"$(nproc)" -f src/engine.mk BUILD=build build/bench_eval
+    exec bench/run_eval.sh
 fi
 
 # ---- the temporary folder, and who works in it ----

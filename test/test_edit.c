@@ -100,6 +100,7 @@ test_variants(const tiny_spec *spec)
         "{\"select\": \"random\"}",
         "{\"select\": \"random\", \"seed\": 5}",
         "{\"select\": \"all\"}",
+        "{\"select\": \"energy\"}",
         "{\"select\": \"all\", \"layer_min\": 1}",
         "{\"tokens\": \"current\"}",
         "{\"path\": \"layer\", \"points\": 3}",

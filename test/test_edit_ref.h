@@ -5,6 +5,7 @@
 #ifndef TEST_EDIT_REF_H
 #define TEST_EDIT_REF_H
 
+#include "kne_energy.h"
 #include "kne_metric.h"
 #include "kne_pack.h"
 #include "kne_ref.h"
@@ -403,6 +404,107 @@ test_metric(void)
     ref_facts_free(&r);
 }
 
+static float gradient[3 * 37 * 24];
+
+/* G of every layer (L, f, d), from a pass of its own over two prompts. */
+static void
+keep_gradient(void *ctx, const kne_ffn_grad *g)
+{
+    const tiny_model *t = ((ref_facts *) ctx)->t;
+    const int         f = t->m.arch.d_ff, d = t->m.arch.d_model;
+
+    for (int k = 0; k < f; k++)
+        for (int c = 0; c < d; c++)
+        {
+            double sum = 0;
+
+            for (int r = 0; r < g->n; r++)
+                sum += (double) g->a[r * f + k] * g->dy[r * d + c];
+            gradient[(g->layer * f + k) * d + c] = (float) sum;
+        }
+}
+
+static void
+test_energy(void)
+{
+    static ref_facts r;
+    enum { F = 37, D = 24, FACTS = 20 };
+    static double chol[F * F], scratch[F * KNE_METRIC_COLUMNS];
+    static float  x[F * D], energy[3][3 * F], alone[3 * F];
+    int32_t       all[F];
+    kne_arena     arena = {0};
+    kne_pack      pack = {0};
+    kne_work     *w = NULL;
+    kne_err       err;
+    float         logp[32], coef[32];
+    double        worst = 0;
+    const kne_ref *ref[FACTS];
+
+    ref_facts_init(&r);
+    ok(get_refs(&r, FACTS, NULL, &err), &err);
+    for (int i = 0; i < FACTS; i++)
+        ref[i] = r.ref[i];
+    for (int k = 0; k < F; k++)
+        all[k] = k;
+    /* edit 0 has prompts 30 and 31, the others one each */
+    kne_energy_of of[3] = {{r.fact + 30, 2, energy[0]}, {r.fact + 40, 1, energy[1]}, {r.fact + 50, 1, energy[2]}};
+
+    check(ok(kne_energy(&r.t->m, be, NULL, ref, FACTS, 0.01, of, 3, NULL, &err), &err), "energy is computed");
+    for (int turn = 0; turn < 2; turn++)
+    {
+        kne_pack_layout(&pack, &arena, 32, 2, 32);
+        if (turn == 0)
+            kne_arena_commit(&arena, &err);
+    }
+    for (int i = 30; i < 32; i++)
+        kne_pack_add(&pack, r.fact[i].id, r.fact[i].n, r.fact[i].n_prompt);
+    ok(kne_work_new(&r.t->m, (kne_work_shape) {32, 32, 0, true}, &w, &err), &err);
+    ok(kne_forward(&r.t->m, be, w, &pack.b, NULL, NULL, 0, &err), &err);
+    for (int i = 0; i < 32; i++)
+        coef[i] = 1;
+    be->logprob(be->ctx, logp, NULL, w->dlogits, w->logits, pack.target, coef, pack.b.n_out, r.t->m.arch.vocab_size);
+    ok(kne_backward(&r.t->m, be, w, &pack.b, NULL, NULL, 0, keep_gradient, &r, &err), &err);
+    for (int l = 0; l < 3; l++)
+    {
+        double top = 0;
+
+        kne_metric_factor(chol, ref, FACTS, l, F, all, F, 0.01, kne_metric_mean(ref, FACTS, l, F), scratch);
+        kne_metric_solve(chol, F, &gradient[l * F * D], x, D, scratch);
+        for (int turn = 0; turn < 2; turn++)
+            for (int k = 0; k < F; k++)
+            {
+                double sum = 0;
+
+                for (int c = 0; c < D; c++)
+                    sum += (double) x[k * D + c] * x[k * D + c];
+                if (turn == 0)
+                    top = fmax(top, sum);
+                else
+                    worst = fmax(worst, fabs(energy[0][l * F + k] - sum) / top);
+            }
+    }
+    check(worst < 1e-3, "energy is ||(G C^-1)[:, k]||^2 over the whole layer (off by %.1e of the largest)", worst);
+    of[2].score = alone;
+    ok(kne_energy(&r.t->m, be, NULL, ref, FACTS, 0.01, of + 2, 1, NULL, &err), &err);
+    check(!memcmp(alone, energy[2], sizeof alone), "and an edit's own, whatever it runs with");
+    r.passes = 0;
+    kne_job_calls calls = {.ctx = &r, .yield = count_passes};
+    ok(kne_energy(&r.t->m, be, NULL, NULL, 0, 0.01, of, 1, &calls, &err), &err);
+    worst = 0;
+    for (int k = 0; k < 3 * F; k++)
+    {
+        double sum = 0;
+
+        for (int c = 0; c < D; c++)
+            sum += (double) gradient[k * D + c] * gradient[k * D + c];
+        worst = fmax(worst, fabs(energy[0][k] - sum) / fmax(sum, 1e-6));
+    }
+    check(worst < 1e-3 && r.passes == 1, "without facts it is that of the gradient (off by %.1e)", worst);
+    kne_work_free(w);
+    kne_arena_free(&arena);
+    ref_facts_free(&r);
+}
+
 static void
 test_references(void)
 {
@@ -410,6 +512,7 @@ test_references(void)
     test_eviction();
     test_cache_growth();
     test_metric();
+    test_energy();
 }
 
 #endif
