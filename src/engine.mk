@@ -31,10 +31,10 @@ $(BUILD)/libkne.a: $(ENGINE_OBJ)
 $(BUILD)/kne-engine: src/kne_main.c $(BUILD)/libkne.a
 	$(CC) $(ENGINE_CFLAGS) $< $(BUILD)/libkne.a -o $@ $(ENGINE_LIBS)
 
-$(BUILD)/test_%: test/test_%.c $(wildcard test/*.h) $(BUILD)/libkne.a
+$(BUILD)/test_%: test/test_%.c $(wildcard test/*.h bench/*.h) $(BUILD)/libkne.a
 	$(CC) $(ENGINE_CFLAGS) -Isrc $< $(BUILD)/libkne.a -o $@ $(ENGINE_LIBS)
 
-$(BUILD)/bench_%: bench/bench_%.c $(BUILD)/libkne.a
+$(BUILD)/bench_%: bench/bench_%.c $(wildcard bench/*.h) $(BUILD)/libkne.a
 	$(CC) $(ENGINE_CFLAGS) -Isrc $< $(BUILD)/libkne.a -o $@ $(ENGINE_LIBS)
 
 .PHONY: engine engine-tests engine-bench
