@@ -100,7 +100,7 @@ test_variants(const tiny_spec *spec)
         "{\"select\": \"random\"}",
         "{\"select\": \"random\", \"seed\": 5}",
         "{\"select\": \"all\"}",
-        "{\"select\": \"energy\"}",
+        "{\"select\": \"attribution\"}",
         "{\"select\": \"all\", \"layer_min\": 1}",
         "{\"tokens\": \"current\"}",
         "{\"path\": \"layer\", \"points\": 3}",
@@ -109,7 +109,7 @@ test_variants(const tiny_spec *spec)
         "{\"signed\": true}",
         "{\"beta\": 0}",
         "{\"anchors\": 0}",
-        "{\"contrast\": 0}",
+        "{\"select\": \"attribution\", \"contrast\": 0}",
         "{\"protect\": 0}",
         "{\"momentum\": 0}",
         "{\"alpha\": 1, \"lr\": 0.3}",
@@ -135,6 +135,8 @@ test_variants(const tiny_spec *spec)
             o.fraction = job.options.fraction;
         if (!strstr(variants[i], "\"lr\""))
             o.lr = job.options.lr;
+        if (!strstr(variants[i], "\"beta\""))
+            o.beta = job.options.beta;
         o.max_steps = job.options.max_steps;
         o.reference = job.options.reference;
         o.probability = job.options.probability;
@@ -633,6 +635,7 @@ test_known(void)
 
     job = job_of(w, 2);
     job.options.protect = 0;
+    job.options.select = KNE_SELECT_ATTRIBUTION;
     r = run(&job);
     job.options.contrast = 0;
     bare = run(&job);

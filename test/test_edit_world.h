@@ -169,6 +169,7 @@ job_of(const world *w, int n)
     kne_options_defaults(&job.options);
     job.options.fraction = 0.3;
     job.options.lr = 0.05;
+    job.options.beta = 1; /* steps this long would only circle with more */
     job.options.max_steps = 200;
     job.options.reference = 20;
     /* a head of its own has logits too small for more */
