@@ -77,7 +77,7 @@ score_spans(const device *dev, const kne_view *view, const probes *p)
             continue;
         if (kne_forward(dev->model, dev->be, w, &pack.b, &view->overlay, NULL, 0, &err) != KNE_OK)
             die("scoring", &err);
-        dev->be->logprob(dev->be->ctx, logp, best, NULL, w->logits, pack.target, NULL, pack.b.n_out, V);
+        kne_work_logprob(dev->be, w, 0, pack.b.n_out, V, pack.target, NULL, logp, best);
         for (int i = from; i < to; i++)
             for (int32_t k = 0; k < out[i].n; k++, at++)
             {
