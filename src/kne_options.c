@@ -33,7 +33,7 @@ const kne_option kne_option_table[] = {
     {"alpha", KNE_OPT_REAL, AT(alpha), 0, 0, 1e6, NULL, "Factor alpha of the update alpha/sqrt(n); 0 takes sqrt(n), so that a step is what lr says."},
     {"max_steps", KNE_OPT_INT, AT(max_steps), 100, 1, 10000, NULL, "Steps after which an edit fails."},
     {"probability", KNE_OPT_REAL, AT(probability), 0.95, 0.01, 0.9999, NULL, "Probability every object token must reach."},
-    {"beta", KNE_OPT_REAL, AT(beta), 16, 0, 1000, NULL, "Weight of the anchors' divergence."},
+    {"beta", KNE_OPT_REAL, AT(beta), 4, 0, 1000, NULL, "Weight of the anchors' divergence."},
     {"anchors", KNE_OPT_INT, AT(anchors), 8, 0, 4096, NULL, "Most anchor facts of an edit."},
     {"protect", KNE_OPT_INT, AT(protect), 512, 0, 65536, NULL, "Most known facts behind the metric of the protected step."},
     {"phrasings", KNE_OPT_INT, AT(phrasings), 2, 0, 64, NULL, "Paraphrases of the relation that train with its prompt."},
