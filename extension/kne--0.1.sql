@@ -310,6 +310,12 @@ CREATE FUNCTION kne_detokenize(tokens integer[], model text DEFAULT NULL)
     LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_detokenize';
 
+-- Writes files; the database is only read.
+CREATE FUNCTION kne_export(path text, model text DEFAULT NULL, format text DEFAULT 'huggingface', as_of timestamptz DEFAULT NULL)
+    RETURNS jsonb
+    LANGUAGE c VOLATILE PARALLEL UNSAFE COST 100000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_export';
+
 -- Live state.
 CREATE FUNCTION kne_status()
     RETURNS TABLE (worker text, pid integer, database name, state text, device text, device_note text, models text[], private_bytes bigint,
@@ -402,6 +408,7 @@ REVOKE ALL ON FUNCTION
     kne_locate(text, text, text, text, jsonb),
     kne_tokenize(text, text),
     kne_detokenize(integer[], text),
+    kne_export(text, text, text, timestamptz),
     kne_status(),
     kne.stat_workers(),
     kne.request_before(),
@@ -452,6 +459,7 @@ COMMENT ON FUNCTION kne_knows(text, text, text, text, timestamptz) IS 'Does the 
 COMMENT ON FUNCTION kne_locate(text, text, text, text, jsonb) IS 'The neurons that an edit would move, highest score first, without editing.';
 COMMENT ON FUNCTION kne_tokenize(text, text) IS 'The model''s tokens of a text.';
 COMMENT ON FUNCTION kne_detokenize(integer[], text) IS 'The text of a list of tokens.';
+COMMENT ON FUNCTION kne_export(text, text, text, timestamptz) IS 'Write the edited model, or an adapter with its edits, to a new folder of the server.';
 COMMENT ON FUNCTION kne_status() IS 'One row a process of kne: the engine, the launcher, each editing worker.';
 COMMENT ON FUNCTION kne.stat_workers() IS 'What the editing workers of the server are doing; kne.stat_worker and kne.stat_progress show it.';
 COMMENT ON FUNCTION kne.request_before() IS 'Check a new request and fill in what the user left out.';

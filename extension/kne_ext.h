@@ -5,7 +5,7 @@
  * workers, supervises the engine), engine.c (spawn and reap kne-engine, launcher only), client.c (the socket to the engine),
  * worker.c (one a database, on demand: claims and records edits), view.c (which edits a snapshot sees),
  * known.c (facts for anchors, contrast, protection), request.c (edit, revert, cancel, retry, wait),
- * read.c (complete, logprob, ...), model.c (load and drop), status.c.
+ * read.c (complete, logprob, ...), model.c (load and drop), export.c, status.c.
  */
 #ifndef KNE_EXT_H
 #define KNE_EXT_H

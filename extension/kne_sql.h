@@ -79,6 +79,9 @@ pg_noreturn extern void kne_no_such_consolidation(int64 consolidation_id);
 /* This database's origin; in the current context. */
 extern struct pg_uuid_t *kne_origin(void);
 
+/* Argument n as an instant: NULL is now (KNE_NOW), else it must be finite and have been. */
+extern TimestampTz kne_as_of_arg(FunctionCallInfo fcinfo, int n);
+
 /* The view that a reading function answers from: kept between calls of one snapshot (view.c). */
 extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
 

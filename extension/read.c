@@ -34,9 +34,8 @@ text_arg(FunctionCallInfo fcinfo, int n)
     return PG_ARGISNULL(n) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(n));
 }
 
-/* NULL is now; an instant must be one that has been. */
-static TimestampTz
-as_of_arg(FunctionCallInfo fcinfo, int n)
+TimestampTz
+kne_as_of_arg(FunctionCallInfo fcinfo, int n)
 {
     TimestampTz t;
 
@@ -59,7 +58,7 @@ static KneView *
 view_args(FunctionCallInfo fcinfo, int model, int as_of)
 {
     kne_require_preload();
-    return kne_view_for_read(text_arg(fcinfo, model), as_of_arg(fcinfo, as_of));
+    return kne_view_for_read(text_arg(fcinfo, model), kne_as_of_arg(fcinfo, as_of));
 }
 
 /* The model alone, for what no edit changes. */

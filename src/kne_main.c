@@ -267,6 +267,7 @@ set_signals(void)
     set_signal(SIGQUIT, on_terminate);
     set_signal(SIGBUS, on_bus_error);
     set_signal(SIGPIPE, SIG_IGN);
+    set_signal(SIGXFSZ, SIG_IGN); /* a write over the limit of file sizes is an error of the export */
     set_signal(SIGHUP, SIG_IGN); /* reloads are the server's affair */
     set_signal(SIGUSR1, SIG_IGN);
     set_signal(SIGUSR2, SIG_IGN);

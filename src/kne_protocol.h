@@ -79,6 +79,12 @@ enum kne_msg
      * edit stops: outcome KNE_OUTCOME_CANCELLED. A client that hangs up cancels all it asked for. */
     KNE_MSG_CANCEL = 22,
 
+    /* view, str path (absolute; its parent is there, itself it is not, or is an empty folder), u8 enum kne_export_format,
+     * str card (README.md) -> str fingerprint of the folder written (empty: an adapter), i64 weight rows that differ from
+     * the base, n * (str file, i64 bytes, digest), n * str file of the model's folder left out.
+     * Nothing is at path before all of it is. */
+    KNE_MSG_EXPORT = 30,
+
     /* ---- answers ---- */
     KNE_MSG_OK = 100,
     KNE_MSG_ERROR = 101,       /* u32 kne_status, str message, str detail, str hint */
@@ -93,6 +99,12 @@ enum kne_outcome
     KNE_OUTCOME_HOLDS = 1,     /* the model answers so already: no rows */
     KNE_OUTCOME_FAILED = 2,    /* the message says why */
     KNE_OUTCOME_CANCELLED = 3
+};
+
+enum kne_export_format
+{
+    KNE_EXPORT_HUGGINGFACE = 0, /* the model's folder, edited */
+    KNE_EXPORT_PEFT = 1         /* what the edits add to it, as a LoRA adapter */
 };
 
 enum kne_phase

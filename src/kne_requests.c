@@ -470,6 +470,7 @@ static const kne_request_kind kinds[] = {
     {KNE_MSG_DETOKENIZE, "DETOKENIZE", KNE_CLASS_SHORT, KNE_NEEDS_MODEL, detokenize},
     {KNE_MSG_EDIT, "EDIT", KNE_CLASS_EDIT, KNE_NEEDS_VIEW, kne_handle_edit},
     {KNE_MSG_LOCATE, "LOCATE", KNE_CLASS_EDIT, KNE_NEEDS_VIEW, kne_handle_locate},
+    {KNE_MSG_EXPORT, "EXPORT", KNE_CLASS_LONG, KNE_NEEDS_VIEW, kne_handle_export},
 };
 
 const kne_request_kind *

@@ -78,5 +78,7 @@ kne_status kne_malformed(const kne_call *c, kne_err *err);
 /* kne_requests_edit.c */
 kne_status kne_handle_edit(kne_call *c, kne_err *err);
 kne_status kne_handle_locate(kne_call *c, kne_err *err);
+/* kne_requests_export.c */
+kne_status kne_handle_export(kne_call *c, kne_err *err);
 
 #endif

@@ -7,17 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One delta row and the place of its edit in the set, for sorting. */
-typedef struct ref
-{
-    const kne_delta_row *row;
-    int32_t              edit;
-} ref;
-
 static int
 ref_order(const void *pa, const void *pb)
 {
-    const ref *a = pa, *b = pb;
+    const kne_row_ref *a = pa, *b = pb;
 
     if (a->row->layer != b->row->layer)
         return a->row->layer < b->row->layer ? -1 : 1;
@@ -26,6 +19,25 @@ ref_order(const void *pa, const void *pb)
     if (a->row->matrix != b->row->matrix)
         return (int) a->row->matrix - (int) b->row->matrix;
     return a->edit - b->edit; /* fp32 sums run in ascending edit_id */
+}
+
+kne_row_ref *
+kne_row_refs(int32_t n, kne_delta *const *delta, size_t *n_refs)
+{
+    size_t       total = 0, at = 0;
+    kne_row_ref *refs;
+
+    for (int32_t i = 0; i < n; i++)
+        total += (size_t) delta[i]->n_rows;
+    *n_refs = total;
+    refs = malloc((total + 1) * sizeof *refs);
+    if (!refs)
+        return NULL;
+    for (int32_t i = 0; i < n; i++)
+        for (int32_t r = 0; r < delta[i]->n_rows; r++)
+            refs[at++] = (kne_row_ref) {&delta[i]->row[r], i};
+    qsort(refs, total, sizeof *refs, ref_order);
+    return refs;
 }
 
 /* Which overlay rows a layer has: [from, to) of the refs, its distinct neurons, and whether keys are among them. */
@@ -67,7 +79,7 @@ layout(const kne_model *m, const span *span_, kne_view *v, int32_t n_edits, floa
 
 /* Base rows of the layer's neurons, then each matrix's deltas in order, rounded. base, eff: (n, d) of the host. */
 static void
-fill_layer(const kne_model *m, kne_backend *be, const kne_view *v, int32_t l, const span *s, const ref *refs,
+fill_layer(const kne_model *m, kne_backend *be, const kne_view *v, int32_t l, const span *s, const kne_row_ref *refs,
            float *const *rows, float *base, float *eff)
 {
     const kne_layer *layer = &m->layer[l];
@@ -118,30 +130,24 @@ kne_view_new(const kne_model *m, kne_backend *be, int32_t n, const int64_t *edit
 {
     const int32_t L = m->arch.n_layers;
     kne_view     *v = calloc(1, sizeof *v);
-    ref          *refs = NULL;
+    kne_row_ref  *refs = NULL;
     span         *spans = calloc((size_t) L, sizeof *spans);
     float      *(*rows)[3] = calloc((size_t) L, sizeof *rows);
     float        *base = NULL, *eff = NULL;
-    size_t        n_refs = 0, at = 0;
+    size_t        n_refs = 0;
     kne_status    st = KNE_OK;
 
     for (int32_t i = 0; i < n && st == KNE_OK; i++)
     {
-        n_refs += (size_t) delta[i]->n_rows;
         st = kne_delta_check(delta[i], m, err);
         if (st == KNE_OK && i && edit_id[i - 1] >= edit_id[i])
             st = kne_error(err, KNE_ERR_INVALID, "edits of a view are not in order");
     }
-    refs = malloc((n_refs + 1) * sizeof *refs);
-    if (!v || !refs || !spans || !rows)
+    refs = kne_row_refs(n, delta, &n_refs);
+    if (st == KNE_OK && (!v || !refs || !spans || !rows))
         st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
     if (st != KNE_OK)
         goto out;
-
-    for (int32_t i = 0; i < n; i++)
-        for (int32_t r = 0; r < delta[i]->n_rows; r++)
-            refs[at++] = (ref) {&delta[i]->row[r], i};
-    qsort(refs, n_refs, sizeof *refs, ref_order);
 
     int32_t max_n = 0;
     for (int32_t l = 0, i = 0; l < L; l++)

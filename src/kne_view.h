@@ -32,4 +32,14 @@ kne_status kne_view_new(const kne_model *m, kne_backend *be, int32_t n, const in
                         kne_delta *const *delta, kne_view **out, kne_err *err);
 void       kne_view_free(kne_view *v);
 
+/* A delta row and the place of its edit in the set. */
+typedef struct kne_row_ref
+{
+    const kne_delta_row *row;
+    int32_t              edit;
+} kne_row_ref;
+
+/* All rows of n deltas in order of layer, neuron, matrix and place in the set; malloc'ed, NULL: out of memory. */
+kne_row_ref *kne_row_refs(int32_t n, kne_delta *const *delta, size_t *n_refs);
+
 #endif
