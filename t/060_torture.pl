@@ -29,7 +29,7 @@ my $dir = PostgreSQL::Test::Utils::tempdir();
 my @psql = ('psql', '-X', '-q', '-A', '-t', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'));
 my @subjects = qw(France Italy Spain Germany Japan Egypt Canada Russia);
 my @objects = qw(Paris Rome Madrid Berlin Tokyo Cairo Ottawa Moscow);
-my $options = '{"contrast": 0, "anchors": 0, "protect": 32, "max_neurons": 60, "max_steps": 60}';
+my $options = '{"contrast": 0, "anchors": 0, "protect": 32, "select": "attribution", "lr": 0.04, "max_neurons": 60, "max_steps": 60}';
 
 note("KNE_SEED=$seed, $seconds s");
 srand($seed);
@@ -71,7 +71,11 @@ my %clients = (
 			ask($log, "INSERT INTO kne.edit_request (subject, relation, object, options) SELECT s, 'capital', '" . one_of(@objects)
 				. "', '$options' FROM unnest('{" . join(',', @subjects[0 .. int(rand(4)) + 1]) . "}'::text[]) s RETURNING 'E', edit_id");
 		}
-		elsif ($kind < 0.8)
+		elsif ($kind < 0.65)
+		{
+			ask(undef, 'SELECT kne_consolidate()');
+		}
+		elsif ($kind < 0.82)
 		{
 			ask($log, "SELECT 'R', edit_id FROM " . sprintf($some, "'applied'") . " WHERE kne_revert(edit_id) IS NOT NULL");
 		}
@@ -226,6 +230,9 @@ waitpid($_, 0) for @children;
 up();
 ok($node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM kne.edit_request WHERE state IN ('pending', 'running'))"),
 	'what was asked for comes to an end');
+ok($node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM kne.consolidation WHERE state IN ('pending', 'running'))"),
+	'every consolidation too');
+note($node->safe_psql('postgres', 'SELECT state, count(*), sum(deaths) FROM kne.consolidation GROUP BY state ORDER BY state'));
 note($node->safe_psql('postgres', 'SELECT state, count(*), sum(attempts), sum(deaths) FROM kne.edit_request GROUP BY state ORDER BY state'));
 is(violations($node, 1), '', 'the rows hold, with their digests');
 my %committed = (E => [], R => [], C => []);

@@ -15,7 +15,7 @@ use Time::HiRes qw(usleep);
 my $seconds = $ENV{KNE_CONCURRENCY_SECONDS} // 20;
 my $node = kne_cluster('concurrency', 'kne.batch_size' => 4, 'log_statement' => 'none', 'log_line_prefix' => '%m [%p] <%e> ');
 my $dir = PostgreSQL::Test::Utils::tempdir();
-my $options = '{"contrast": 0, "anchors": 0, "protect": 32, "max_neurons": 60, "max_steps": 60}';
+my $options = '{"contrast": 0, "anchors": 0, "protect": 32, "select": "attribution", "lr": 0.04, "max_neurons": 60, "max_steps": 60}';
 
 plan skip_all => 'no pgbench' if system('pgbench --version >/dev/null 2>&1') != 0;
 kne_prepare($node);
@@ -51,6 +51,7 @@ my %script = (
 	'revert@3' => "SELECT try('kne_revert', '{applied}');\n\\sleep 30 ms\n",
 	'cancel@2' => "SELECT try('kne_cancel', '{pending,running}');\n\\sleep 30 ms\n",
 	'retry@1'  => "SELECT try('kne_retry', '{failed,cancelled}');\n\\sleep 30 ms\n",
+	'consolidate@1' => "SELECT kne_consolidate() AS id \\gset\nSELECT kne_wait_consolidation(:id);\n",
 	'undo@1'   => "BEGIN;\nSELECT try('kne_revert', '{applied}');\nSELECT kne_edit(subject(), 'capital', object(), options => '$options');\nROLLBACK;\n",
 	'wait@1'   => "SELECT kne_wait(max(edit_id), '1 minute') FROM kne.edit_request WHERE state IN ('pending', 'running');\n",
 	'stand@2'  => "BEGIN ISOLATION LEVEL REPEATABLE READ;\nSELECT kne_logprob('The capital of France is', 'Rome') AS a \\gset\n\\sleep 100 ms\n"
@@ -113,6 +114,7 @@ note(sprintf('%d reads while edits ran: half within %.1f ms, 99 of 100 within %.
 
 ok($node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM kne.edit_request WHERE state IN ('pending', 'running'))"),
 	'all of it comes to an end');
+note($node->safe_psql('postgres', 'SELECT state, count(*), sum(deaths) FROM kne.consolidation GROUP BY state ORDER BY state'));
 note($node->safe_psql('postgres', 'SELECT state, count(*), sum(attempts), sum(deaths) FROM kne.edit_request GROUP BY state ORDER BY state'));
 is(qx(psql -X -q -At -v digests=1 -d "@{[$node->connstr('postgres')]}" -f '$FindBin::RealBin/../test/invariants.sql' 2>&1), '', 'and holds');
 unlike(slurp_file($node->logfile), qr/deadlock detected|PANIC|terminated by signal|<XX/, 'no deadlock, no crash, no internal error');

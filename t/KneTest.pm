@@ -33,7 +33,7 @@ sub kne_cluster
 
 	plan skip_all => "no model in \"$model\"; set KNE_TEST_MODEL" unless -f "$model/config.json";
 	$node = PostgreSQL::Test::Cluster->new($name);
-	$node->init(allows_streaming => delete $conf{streaming} // 0);
+	$node->init(allows_streaming => delete $conf{streaming} // 0, extra => delete $conf{initdb} // []);
 	%conf = (
 		'shared_preload_libraries' => 'kne',
 		'kne.cpu_threads'          => 1,

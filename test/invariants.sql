@@ -74,6 +74,16 @@ UNION ALL
 SELECT 'digest of the rows', s.edit_id, encode(s.digest, 'hex') FROM kne.solution s LEFT JOIN le USING (edit_id, generation)
 WHERE :digests = 1 AND s.digest <> coalesce(le.digest, decode(repeat('00', 32), 'hex'))
 UNION ALL
+SELECT 'a solution of a consolidation that was applied', s.edit_id, s.generation || ' ' || c.state
+FROM kne.solution s JOIN kne.consolidation c USING (consolidation_id) WHERE c.state <> 'applied'
+UNION ALL
+SELECT 'a consolidation is whole', NULL, c.consolidation_id || ': ' || c.edits
+FROM kne.consolidation c WHERE c.state = 'applied' AND c.edits <> (SELECT count(*) FROM kne.solution s WHERE s.consolidation_id = c.consolidation_id)
+AND c.edits <> 0
+UNION ALL
+SELECT 'in force is the newest solution', a.edit_id, a.generation::text FROM kne.activation a
+WHERE a.valid_to IS NULL AND a.generation <> (SELECT max(generation) FROM kne.solution s WHERE s.edit_id = a.edit_id)
+UNION ALL
 SELECT 'times are stamped', edit_id, valid_from || ' ' || coalesce(valid_to::text, '') FROM kne.activation
 WHERE NOT isfinite(valid_from) OR NOT isfinite(valid_to) OR valid_to <= valid_from
 UNION ALL

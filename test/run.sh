@@ -100,6 +100,7 @@ cleanup() {
     if [ -e "$tmp/data/postmaster.pid" ]; then
         as pg_ctl -D "$tmp/data" -m immediate -w stop >/dev/null 2>&1 || true
     fi
+    ! mountpoint -q "$tmp/small" 2>/dev/null || umount "$tmp/small"
     if [ -n "${KNE_KEEP:-}" ]; then
         echo "kept: $tmp"
     else
@@ -122,7 +123,11 @@ ln -s /usr/include "$tmp/pg/include"
 # the clone, without its history; build/ travels so that nothing is compiled twice
 mkdir "$tmp/src"
 tar -C "$clone" --exclude=.git --exclude=tmp_check --exclude=results -cf - . | tar -C "$tmp/src" -xf -
-mkdir "$tmp/models"
+mkdir "$tmp/models" "$tmp/small"
+# A disk that can be filled, where this user may mount one; tests that need it are skipped elsewhere.
+if [ "$what" != demo ] && [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=64m,mode=777 tmpfs "$tmp/small" 2>/dev/null; then
+    export KNE_SMALL_DISK=$tmp/small
+fi
 cp -r models/atlas "$tmp/models/atlas"
 chmod -R u+rwX,go+rX "$tmp/models" "$tmp/src" "$tmp/pg"
 chmod 755 "$tmp"
