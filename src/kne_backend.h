@@ -118,6 +118,10 @@ struct kne_backend
                         int64_t d); /* y[n_row, d] = x[row, :] */
     void (*scatter_rows)(void *ctx, float *x, const float *y, const int32_t *row, int64_t n_row,
                          int64_t d); /* x[row, :] += y; rows distinct */
+    /* y[r, :] = sum over j in [from[r], from[r + 1]) of x[place[j], :], in that order. NULL: the device has none, and
+     * batches without shared rows only. */
+    void (*fold_rows)(void *ctx, float *y, const float *x, const int32_t *from, const int32_t *place, int64_t n,
+                      int64_t d);
     /* score[f] += sum over rows r of coef[r] * a[r, :] * u[r, :] */
     void (*score)(void *ctx, float *score, const float *a, const float *u, const float *coef, int64_t n,
                   int64_t f);

@@ -294,6 +294,29 @@ spread(void *ctx, kne_real *x, const kne_real *y, const int32_t *row, int64_t n_
     SPLIT(spread, n_row, 2 + 0.15 * (double) d, 1, x, y, row, d);
 }
 
+OP_ARGS(fold, kne_real *y; const kne_real *x; const int32_t *from; const int32_t *place; int64_t d;)
+
+static void
+fold_rows(const fold_args *a, int64_t r0, int64_t r1, char *scratch)
+{
+    for (int64_t r = r0; r < r1; r++)
+    {
+        kne_real *y = a->y + r * a->d;
+
+        memcpy(y, a->x + a->place[a->from[r]] * a->d, (size_t) a->d * sizeof(kne_real));
+        for (int32_t j = a->from[r] + 1; j < a->from[r + 1]; j++)
+            for (int64_t i = 0; i < a->d; i++)
+                y[i] += a->x[a->place[j] * a->d + i];
+    }
+}
+OP_TASK(fold)
+
+static void
+fold(void *ctx, kne_real *y, const kne_real *x, const int32_t *from, const int32_t *place, int64_t n, int64_t d)
+{
+    SPLIT(fold, n, 2 + 0.2 * (double) d, 1, y, x, from, place, d);
+}
+
 OP_ARGS(score, kne_real *score; const kne_real *a; const kne_real *u; const kne_real *coef;
         int64_t n; int64_t f;)
 

@@ -308,6 +308,7 @@ KNE_OPS_FILL(kne_backend *be)
     be->scatter_cols = scatter_cols;
     be->gather_rows = pick;
     be->scatter_rows = spread;
+    be->fold_rows = fold;
     be->score = score;
     be->gather_neurons = gather_neurons;
 }

@@ -110,6 +110,7 @@ typedef struct batch
     double             *column;
     edit              **turn;    /* (n_edits) the edits of the current pass */
     int32_t             n_turn;
+    bool                more;    /* edits follow the current pass that may want the anchors' gradient */
     uint64_t            pass_key, last_key; /* of the sequences packed now, and of the pass before; 0: none */
     int32_t             lowest;  /* layer in which anything moves */
 } batch;

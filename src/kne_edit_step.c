@@ -344,7 +344,9 @@ layout(batch *b)
     if (rows < PASS_ROWS)
         rows = total < PASS_ROWS ? (total > rows ? total : rows) : PASS_ROWS;
     outs = outs > rows ? outs : total_outs < rows ? total_outs : rows;
-    kne_pack_layout(&b->pack, &b->run, rows, rows, outs);
+    int32_t places = total < 2 * PASS_ROWS ? total : 2 * PASS_ROWS;
+
+    kne_pack_layout_shared(&b->pack, &b->run, rows, rows, outs, b->job->backend->fold_rows ? (places > rows ? places : rows) : 0);
     b->logp = kne_arena_take(&b->run, (size_t) outs, sizeof *b->logp);
     b->coef = kne_arena_take(&b->run, (size_t) outs, sizeof *b->coef);
     b->kl = kne_arena_take(&b->run, (size_t) outs, sizeof *b->kl);
@@ -494,8 +496,9 @@ run_pass(batch *b, bool learn, kne_err *err)
     const kne_edit_job *job = b->job;
     kne_backend        *be = job->backend;
     anchor_set         *a = &b->anchors;
-    bool                any = a->n_turn > 0;
+    bool                any = b->more && a->n_turn > 0;
 
+    kne_pack_share(&b->pack);
     /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
     KNE_TRY(kne_forward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL,
                         b->pass_key == b->last_key ? b->lowest : 0, err));
@@ -575,8 +578,9 @@ fill_edits(batch *b, edit_state wanted, int32_t *next)
 
         if (e->state != wanted)
             continue;
-        if (b->pack.b.n + e->n_rows > b->pack.max_n || b->pack.b.n_out + e->n_outs > b->pack.max_out)
+        if (!kne_pack_room(&b->pack, e->n_rows, e->spec->n_prompts, e->n_outs))
             break;
+        kne_pack_group(&b->pack);
         e->row0 = b->pack.b.n;
         e->out0 = b->pack.b.n_out;
         for (int32_t p = 0; p < e->spec->n_prompts; p++)
@@ -661,7 +665,10 @@ anchor_references(batch *b, kne_err *err)
         st = kne_score_tokens(job->model, job->backend, job->view, fact, a->n, NULL, right, a->logp, job->calls.yield,
                               job->calls.ctx, err);
     for (int32_t i = 0; i < a->n && st == KNE_OK; i++)
+    {
         b->held[a->known[i]] = right[i];
+        a->rest[i] = 1; /* in the first round nothing has moved yet */
+    }
     free(right);
     free(fact);
     return st;
@@ -778,8 +785,8 @@ kne_batch_optimise(batch *b, kne_err *err)
             st = kne_device_commit(&b->dev, job->backend, err);
     }
     if (st == KNE_OK)
-        st = kne_work_new(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true},
-                          &b->work, err);
+        st = kne_work_new(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true,
+                                                        b->pack.max_place}, &b->work, err);
     if (st == KNE_OK)
     {
         union_fill(b, mark);
@@ -837,6 +844,7 @@ kne_batch_optimise(batch *b, kne_err *err)
                 fill_edits(b, EDIT_ACTIVE, &next);
             if (b->pack.b.n == 0)
                 break;
+            b->more = next < job->n_edits;
             st = run_pass(b, true, err);
             for (int32_t i = 0; i < b->n_turn && st == KNE_OK; i++)
             {

@@ -12,18 +12,21 @@ kne_graph_check(const kne_pass *p, kne_err *err)
 {
     const kne_batch *b = p->b;
     const kne_work  *w = p->w;
-    int32_t          max_kv = p->s->max_kv ? p->s->max_kv : w->max_n;
+    int32_t          n = b->n_place ? b->n_place : b->n;
+    int32_t          max_kv = b->n_place ? w->max_place : p->s->max_kv ? p->s->max_kv : w->max_n;
 
     if (b->n < 1 || b->n > w->max_n || b->n_out < 0 || b->n_out > w->max_out || b->n_seq < 0 ||
         b->n_seq > w->max_n)
         return kne_error(err, KNE_ERR_INTERNAL,
                          "batch of %d rows, %d sequences, %d out, in a workspace for %d and %d",
                          b->n, b->n_seq, b->n_out, w->max_n, w->max_out);
+    if (b->n_place > w->max_place || (b->n_place && (!p->be->fold_rows || p->past)))
+        return kne_error(err, KNE_ERR_INTERNAL, "a batch that shares rows, in a workspace for %d places", w->max_place);
     for (int32_t i = 0; i < b->n_seq; i++)
     {
         const kne_seq *q = &b->seq[i];
 
-        if (q->q0 < 0 || q->q_len < 0 || q->q_len > b->n - q->q0 || q->kv0 < 0 ||
+        if (q->q0 < 0 || q->q_len < 0 || q->q_len > n - q->q0 || q->kv0 < 0 ||
             q->kv_len < q->q_len || q->kv_len > max_kv - q->kv0)
             return kne_error(err, KNE_ERR_INTERNAL, "sequence %d is outside the batch", i);
     }
@@ -111,7 +114,21 @@ attention(const kne_pass *p, const kne_layer *t, const kne_saved *s)
     }
     rope(p, s->q, a->n_heads);
     rope(p, k, a->n_kv_heads);
-    p->be->attention(p->be->ctx, s->attn, p->w->keep ? s->lse : NULL, s->q, s->k, s->v, &shape);
+    if (!p->b->n_place)
+    {
+        p->be->attention(p->be->ctx, s->attn, p->w->keep ? s->lse : NULL, s->q, s->k, s->v, &shape);
+        return;
+    }
+    float *const *wide = p->s->wide;
+    int64_t       nq = (int64_t) a->n_heads * a->head_dim;
+
+    kne_graph_widen(p, wide[WIDE_Q], s->q, nq);
+    kne_graph_widen(p, wide[WIDE_K], s->k, nkv);
+    kne_graph_widen(p, wide[WIDE_V], s->v, nkv);
+    p->be->attention(p->be->ctx, wide[WIDE_O], p->s->wide_lse, wide[WIDE_Q], wide[WIDE_K], wide[WIDE_V], &shape);
+    /* all places of a row come to the same */
+    p->be->gather_rows(p->be->ctx, s->attn, wide[WIDE_O], p->s->first, n, nq);
+    p->be->gather_rows(p->be->ctx, s->lse, p->s->wide_lse, p->s->first, n, a->n_heads);
 }
 
 /* Results of edited keys replace the base's; the bias, which no edit moves, is added as there. */
@@ -234,6 +251,12 @@ put_batch(const kne_pass *p)
     kne_device_put(p->be, s->pos, b->pos, (size_t) b->n * sizeof *b->pos);
     kne_device_put(p->be, s->seq, b->seq, (size_t) b->n_seq * sizeof *b->seq);
     kne_device_put(p->be, s->out_row, b->out_row, (size_t) b->n_out * sizeof *b->out_row);
+    if (!b->n_place)
+        return;
+    kne_device_put(p->be, s->row, b->row, (size_t) b->n_place * sizeof *b->row);
+    kne_device_put(p->be, s->from, b->from, ((size_t) b->n + 1) * sizeof *b->from);
+    kne_device_put(p->be, s->place, b->place, (size_t) b->n_place * sizeof *b->place);
+    kne_device_put(p->be, s->first, b->first, (size_t) b->n * sizeof *b->first);
 }
 
 kne_status

@@ -11,16 +11,24 @@
 
 #include "kne_backend.h"
 
-/* Packed sequences, no padding. */
+/*
+ * Packed sequences, no padding. Sequences that begin alike may share the rows of what they have in common: then seq
+ * counts places, one for each token of each sequence, and each place has a row. All but attention works on rows.
+ */
 typedef struct kne_batch
 {
-    int32_t        n;       /* rows = tokens of all sequences */
+    int32_t        n;       /* rows = tokens of all sequences, shared ones once */
     int32_t        n_seq;
     int32_t        n_out;   /* rows whose logits are wanted */
     const int32_t *id;      /* (n) */
     const int32_t *pos;     /* (n) position in its sequence */
     const kne_seq *seq;     /* (n_seq) */
     const int32_t *out_row; /* (n_out), ascending */
+    int32_t        n_place; /* where rows are shared; 0: every place is its row */
+    const int32_t *row;     /* (n_place) */
+    const int32_t *from;    /* (n + 1) where the places of each row begin in: */
+    const int32_t *place;   /* (n_place) ascending within a row */
+    const int32_t *first;   /* (n) the first of them */
 } kne_batch;
 
 /*
@@ -61,7 +69,7 @@ typedef struct kne_saved
 typedef struct kne_work
 {
     kne_arena  arena;    /* of the model's device, as all it holds */
-    int32_t    max_n, max_out, max_overlay;
+    int32_t    max_n, max_out, max_overlay, max_place;
     bool       keep;
     kne_saved *layer;    /* (L) */
     float     *x;        /* (max_n, d) the residual stream; after forward: before the final norm */
@@ -77,6 +85,7 @@ typedef struct kne_work_shape
     int32_t max_n, max_out;
     int32_t max_overlay;     /* most overlay neurons of one layer */
     bool    keep;
+    int32_t max_place;       /* of batches with shared rows; 0: none come */
 } kne_work_shape;
 
 /* In the memory of the device that the model is bound to. */

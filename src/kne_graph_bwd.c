@@ -137,6 +137,30 @@ head_norm_bwd(const kne_pass *p, float *dx, float *dx_raw, const float *raw, con
     return dx_raw;
 }
 
+/* A row's output was used once: its gradient goes in at its first place. What comes out at all its places is summed. */
+static void
+shared_attention_bwd(const kne_pass *p, const kne_saved *v, const kne_attn_shape *shape)
+{
+    const kne_arch      *a = &p->m->arch;
+    const kne_work_impl *s = p->s;
+    kne_backend         *be = p->be;
+    float *const        *wide = s->wide;
+    int64_t              n = p->b->n, nq = (int64_t) a->n_heads * a->head_dim, nkv = (int64_t) a->n_kv_heads * a->head_dim;
+
+    kne_graph_widen(p, wide[WIDE_Q], v->q, nq);
+    kne_graph_widen(p, wide[WIDE_K], v->k, nkv);
+    kne_graph_widen(p, wide[WIDE_V], v->v, nkv);
+    kne_graph_widen(p, wide[WIDE_O], v->attn, nq);
+    kne_graph_widen(p, s->wide_lse, v->lse, a->n_heads);
+    kne_graph_zero(p, wide[WIDE_DO], p->b->n_place * nq);
+    be->scatter_rows(be->ctx, wide[WIDE_DO], s->dattn, s->first, n, nq);
+    be->attention_bwd(be->ctx, wide[WIDE_DQ], wide[WIDE_DK], wide[WIDE_DV], wide[WIDE_DO], wide[WIDE_O], s->wide_lse,
+                      wide[WIDE_Q], wide[WIDE_K], wide[WIDE_V], shape);
+    be->fold_rows(be->ctx, s->dq, wide[WIDE_DQ], s->from, s->place, n, nq);
+    be->fold_rows(be->ctx, s->dk, wide[WIDE_DK], s->from, s->place, n, nkv);
+    be->fold_rows(be->ctx, s->dv, wide[WIDE_DV], s->from, s->place, n, nkv);
+}
+
 /* dx, the gradient at attention's output, -> dh1 = beta dh1 + that at its input. */
 static void
 attention_bwd(const kne_pass *p, int32_t l, float beta)
@@ -151,8 +175,10 @@ attention_bwd(const kne_pass *p, int32_t l, float beta)
     int64_t              nkv = (int64_t) a->n_kv_heads * a->head_dim;
 
     linear_bwd(p, s->dattn, s->dx, &t->o, nq, d, 0.0f);
-    p->be->attention_bwd(p->be->ctx, s->dq, s->dk, s->dv, s->dattn, v->attn, v->lse, v->q, v->k,
-                         v->v, &shape);
+    if (p->b->n_place)
+        shared_attention_bwd(p, v, &shape);
+    else
+        p->be->attention_bwd(p->be->ctx, s->dq, s->dk, s->dv, s->dattn, v->attn, v->lse, v->q, v->k, v->v, &shape);
     float *dq = head_norm_bwd(p, s->dq, s->dq_raw, v->q_raw, v->q_rstd, t->q_norm, a->n_heads);
     float *dk = head_norm_bwd(p, s->dk, s->dk_raw, v->k_raw, v->k_rstd, t->k_norm, a->n_kv_heads);
 

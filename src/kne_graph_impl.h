@@ -17,6 +17,9 @@ typedef struct kne_work_impl
     kne_backend *device;     /* that the workspace lives on; NULL: the host */
     int32_t *id, *pos, *out_row; /* (n), (n), (max_out) the batch, on the device */
     kne_seq *seq;            /* (n) */
+    int32_t *row, *from, *place, *first; /* (max_place), (n + 1), (max_place), (n) */
+    float   *wide[8];        /* (max_place, K or Kv) enum wide: attention of sequences that share rows */
+    float   *wide_lse;       /* (max_place, H) */
     /* forward */
     float   *y;              /* (n, d) a branch on its way into the residual stream */
     float   *qkv;            /* (n, 3 K) the product of a per-head layout; backward: its gradient */
@@ -36,6 +39,9 @@ typedef struct kne_work_impl
     float   *dattn, *dq, *dk, *dv;  /* (n, K), (n, K), (n, Kv), (n, Kv) */
     float   *dq_raw, *dk_raw; /* before q/k norm, where there is one */
 } kne_work_impl;
+
+/* The last four are of backward. */
+enum wide { WIDE_Q, WIDE_K, WIDE_V, WIDE_O, WIDE_DO, WIDE_DQ, WIDE_DK, WIDE_DV };
 
 /* What every step of a pass needs. */
 typedef struct kne_pass
@@ -76,6 +82,13 @@ kne_graph_attn_shape(const kne_pass *p)
         s.max_kv = p->b->seq[i].kv_len > s.max_kv ? p->b->seq[i].kv_len : s.max_kv;
     }
     return s;
+}
+
+/* Rows as the places of the batch see them. */
+static inline void
+kne_graph_widen(const kne_pass *p, float *wide, const float *x, int64_t d)
+{
+    p->be->gather_rows(p->be->ctx, wide, x, p->s->row, p->b->n_place, d);
 }
 
 /* The layer's overlay, NULL where nothing is edited. */

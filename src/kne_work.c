@@ -129,6 +129,18 @@ layout(kne_work *w, kne_work_impl *s, const kne_model *m)
             layout_kv(arena, a, at, cached ? s->max_kv : n);
     }
 
+    if (w->max_place)
+    {
+        const int64_t kv = (int64_t) a->n_kv_heads * a->head_dim;
+
+        s->row = ints(arena, w->max_place);
+        s->from = ints(arena, n + 1);
+        s->place = ints(arena, w->max_place);
+        s->first = ints(arena, n);
+        for (int i = 0; i < (w->keep ? WIDE_DV + 1 : WIDE_DO); i++)
+            s->wide[i] = floats(arena, w->max_place, i == WIDE_K || i == WIDE_V || i == WIDE_DK || i == WIDE_DV ? kv : k);
+        s->wide_lse = floats(arena, w->max_place, a->n_heads);
+    }
     s->y = floats(arena, n, d);
     if (a->qkv == KNE_QKV_PER_HEAD)
     {
@@ -177,7 +189,7 @@ kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kn
     kne_status st;
 
     *out = NULL;
-    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || max_kv < 0 ||
+    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || shape.max_place < 0 || max_kv < 0 ||
         (shape.keep && max_kv > 0))
         return kne_error(err, KNE_ERR_INTERNAL, "impossible workspace: %d rows, %d out, %d edited",
                          shape.max_n, shape.max_out, shape.max_overlay);
@@ -186,7 +198,7 @@ kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kn
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     both->w = (kne_work) {
         .max_n = shape.max_n, .max_out = shape.max_out, .max_overlay = shape.max_overlay,
-        .keep = shape.keep, .impl = &both->s, .layer = both->layer,
+        .max_place = shape.max_place, .keep = shape.keep, .impl = &both->s, .layer = both->layer,
     };
     both->s.max_kv = max_kv;
     both->s.device = m->device;

@@ -4,6 +4,7 @@
  * identities that editing rests on, bit for bit where the graph promises bits.
  */
 #include "kne_graph_impl.h"
+#include "kne_pack.h"
 #include "kne_test.h"
 #include "tiny_model.h"
 
@@ -602,6 +603,73 @@ test_bits(const tiny_spec *spec)
     tiny_free(t);
 }
 
+/* Sequences that share rows against the same ones that do not: logits in bits, gradients of the rows they share summed. */
+static void
+test_shared(const tiny_spec *spec)
+{
+    static const int32_t fact[5][8] = {
+        {3, 1, 4, 1, 5, 9, 2, 6}, {3, 1, 4, 8, 5, 9, 2}, {3, 1, 4, 1, 5, 7, 2}, {2, 1, 4, 1}, {3, 1, 4, 1, 5, 9, 2},
+    };
+    static const int32_t len[5] = {8, 7, 7, 4, 7}, prompt[5] = {6, 5, 6, 2, 5};
+    static float         logits[20 * MAX_V], sum[MAX_ROWS * MAX_F];
+    tiny_model          *t = tiny_new(spec, 41);
+    const kne_arch      *a = &t->m.arch;
+    kne_work            *w = NULL;
+    kne_pack             pack[2] = {0};
+    kne_arena            arena = {0};
+    edits                e;
+    kne_err              err;
+    seen                *saw[2] = {&seen1, &seen2};
+    bool                 fine = true;
+
+    for (int turn = 0; turn < 2; turn++)
+    {
+        kne_pack_layout(&pack[0], &arena, 40, 6, 20);
+        kne_pack_layout_shared(&pack[1], &arena, 40, 6, 20, 40);
+        if (turn == 0)
+            fine &= ok(kne_arena_commit(&arena, &err), &err);
+    }
+    fine = fine && ok(kne_work_new(&t->m, (kne_work_shape) {40, 20, N_EDIT, true, 40}, &w, &err), &err);
+    make_edits(&e, t, 0.4, 7);
+    for (int which = 0; which < 2 && fine; which++)
+    {
+        for (int i = 0; i < 5; i++)
+        {
+            if (i == 4) /* what it has in common with the first is another group's */
+                kne_pack_group(&pack[which]);
+            kne_pack_add(&pack[which], fact[i], len[i], prompt[i]);
+        }
+        kne_pack_share(&pack[which]);
+        fine &= ok(kne_forward(&t->m, be, w, &pack[which].b, &e.ov, NULL, 0, &err), &err);
+        if (which == 0)
+            memcpy(logits, w->logits, (size_t) (pack[0].b.n_out * a->vocab_size) * sizeof(float));
+        else
+            fine &= !memcmp(logits, w->logits, (size_t) (pack[1].b.n_out * a->vocab_size) * sizeof(float));
+        for (int i = 0; i < pack[which].b.n_out * a->vocab_size; i++)
+            w->dlogits[i] = 0.01f * (float) (i % 17 - 8);
+        memset(saw[which], 0, sizeof *saw[which]);
+        saw[which]->arch = a;
+        fine &= ok(kne_backward(&t->m, be, w, &pack[which].b, &e.ov, NULL, 0, look, saw[which], &err), &err);
+    }
+    check(fine && pack[0].b.n == 28 && pack[0].b.n_place == 0 && pack[1].b.n == 20 && pack[1].b.n_place == 28 &&
+          !memcmp(pack[0].target, pack[1].target, (size_t) pack[0].b.n_out * sizeof(int32_t)),
+          "%s: rows in common are there once, and no logit changes a bit", spec->name);
+    for (int32_t l = 0; l < a->n_layers && fine; l++)
+    {
+        memset(sum, 0, sizeof sum);
+        for (int i = 0; i < 28; i++)
+            for (int32_t k = 0; k < a->d_ff; k++)
+                sum[pack[1].row[i] * a->d_ff + k] += seen1.dup[l][i * a->d_ff + k];
+        double far = nmse_f(seen2.dup[l], sum, 20 * a->d_ff);
+
+        check(seen2.have[l] && far <= 1e-11, "%s: gradients of layer %d come together in shared rows (NMSE %.1e)",
+              spec->name, l, far);
+    }
+    kne_work_free(w);
+    kne_arena_free(&arena);
+    tiny_free(t);
+}
+
 static int
 argmax(const float *x, int n)
 {
@@ -769,6 +837,7 @@ main(void)
         test_identity(&tiny_specs[i]);
         test_completeness(&tiny_specs[i]);
         test_bits(&tiny_specs[i]);
+        test_shared(&tiny_specs[i]);
         test_generate(&tiny_specs[i]);
     }
     test_refusals();
