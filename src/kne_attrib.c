@@ -214,7 +214,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
             st = kne_device_commit(&dev, be, err);
     }
     if (st == KNE_OK)
-        st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true, 0}, &p.work, err);
+        st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true}, &p.work, err);
     for (int32_t l = 0; l < L && st == KNE_OK; l++)
         p.alpha_at[l] = p.dev_alpha + (size_t) l * (size_t) rows;
 

@@ -785,8 +785,8 @@ kne_batch_optimise(batch *b, kne_err *err)
             st = kne_device_commit(&b->dev, job->backend, err);
     }
     if (st == KNE_OK)
-        st = kne_work_new(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true,
-                                                        b->pack.max_place}, &b->work, err);
+        st = kne_work_new_shared(job->model, (kne_work_shape) {b->pack.max_n, b->pack.max_out, b->rows.max_layer, true},
+                                 b->pack.max_place, &b->work, err);
     if (st == KNE_OK)
     {
         union_fill(b, mark);

@@ -223,7 +223,7 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, const kne_
             st = kne_device_commit(&dev, be, err);
     }
     if (st == KNE_OK)
-        st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true, 0}, &p.work, err);
+        st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true}, &p.work, err);
     p.row0 = row0;
     for (int32_t i = 0; i < n && st == KNE_OK; i += p.n_of)
     {

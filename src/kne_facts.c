@@ -148,7 +148,7 @@ kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, cons
             st = kne_arena_commit(&arena, err);
     }
     if (st == KNE_OK)
-        st = kne_work_new(m, (kne_work_shape) {.max_n = rows, .max_out = outs, .max_overlay = view ? view->max_overlay : 0}, &work, err);
+        st = kne_work_new(m, (kne_work_shape) {rows, outs, view ? view->max_overlay : 0, false}, &work, err);
 
     for (int32_t from = 0, to = 0; from < n && st == KNE_OK; from = to)
     {

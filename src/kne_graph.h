@@ -85,11 +85,12 @@ typedef struct kne_work_shape
     int32_t max_n, max_out;
     int32_t max_overlay;     /* most overlay neurons of one layer */
     bool    keep;
-    int32_t max_place;       /* of batches with shared rows; 0: none come */
 } kne_work_shape;
 
 /* In the memory of the device that the model is bound to. */
 kne_status kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err);
+/* Likewise, for batches that share rows and have at most max_place places (0: none do). */
+kne_status kne_work_new_shared(const kne_model *m, kne_work_shape shape, int32_t max_place, kne_work **out, kne_err *err);
 void       kne_work_free(kne_work *w);
 
 /*

@@ -221,7 +221,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
             st = kne_arena_commit(&arena, err);
     }
     if (st == KNE_OK && missing)
-        st = kne_work_new(m, (kne_work_shape) {rows, rows, 0, true, 0}, &w, err);
+        st = kne_work_new(m, (kne_work_shape) {rows, rows, 0, true}, &w, err);
 
     for (int32_t i = 0; i < n && st == KNE_OK; i++)
     {

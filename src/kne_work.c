@@ -181,15 +181,14 @@ fill(const kne_work *w, const kne_work_impl *s, const kne_arch *a, kne_err *err)
     return KNE_OK;
 }
 
-kne_status
-kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kne_work **out,
-                    kne_err *err)
+static kne_status
+work_new(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_place, kne_work **out, kne_err *err)
 {
     struct { kne_work w; kne_work_impl s; kne_saved layer[]; } *both;
     kne_status st;
 
     *out = NULL;
-    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || shape.max_place < 0 || max_kv < 0 ||
+    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || max_place < 0 || max_kv < 0 ||
         (shape.keep && max_kv > 0))
         return kne_error(err, KNE_ERR_INTERNAL, "impossible workspace: %d rows, %d out, %d edited",
                          shape.max_n, shape.max_out, shape.max_overlay);
@@ -198,7 +197,7 @@ kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kn
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     both->w = (kne_work) {
         .max_n = shape.max_n, .max_out = shape.max_out, .max_overlay = shape.max_overlay,
-        .max_place = shape.max_place, .keep = shape.keep, .impl = &both->s, .layer = both->layer,
+        .max_place = max_place, .keep = shape.keep, .impl = &both->s, .layer = both->layer,
     };
     both->s.max_kv = max_kv;
     both->s.device = m->device;
@@ -221,7 +220,19 @@ kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kn
 kne_status
 kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err)
 {
-    return kne_work_new_cached(m, shape, 0, out, err);
+    return work_new(m, shape, 0, 0, out, err);
+}
+
+kne_status
+kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kne_work **out, kne_err *err)
+{
+    return work_new(m, shape, max_kv, 0, out, err);
+}
+
+kne_status
+kne_work_new_shared(const kne_model *m, kne_work_shape shape, int32_t max_place, kne_work **out, kne_err *err)
+{
+    return work_new(m, shape, 0, max_place, out, err);
 }
 
 void

@@ -686,7 +686,7 @@ run_view(const tiny_model *t, const kne_view *v)
     kne_arena_commit(&arena, &err);
     kne_pack_layout(&pack, &arena, SEQ, 1, SEQ);
     kne_pack_add(&pack, tokens_of(a, 5), SEQ, 1);
-    if (ok(kne_work_new(&t->m, (kne_work_shape){SEQ, SEQ, v ? v->max_overlay : 0, false, 0}, &w, &err),
+    if (ok(kne_work_new(&t->m, (kne_work_shape){SEQ, SEQ, v ? v->max_overlay : 0, false}, &w, &err),
            &err) &&
         ok(kne_forward(&t->m, be, w, &pack.b, v ? &v->overlay : NULL, NULL, 0, &err), &err))
         memcpy(logits, w->logits, bytes);

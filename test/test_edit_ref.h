@@ -88,7 +88,7 @@ activations_are(ref_facts *r, int i)
     kne_arena_commit(&arena, &err);
     kne_pack_layout(&pack, &arena, 16, 1, 16);
     kne_pack_add(&pack, r->fact[i].id, r->fact[i].n, r->fact[i].n_prompt);
-    if (!ok(kne_work_new(&r->t->m, (kne_work_shape) {16, 16, 0, true, 0}, &w, &err), &err) ||
+    if (!ok(kne_work_new(&r->t->m, (kne_work_shape) {16, 16, 0, true}, &w, &err), &err) ||
         !ok(kne_forward(&r->t->m, be, w, &pack.b, NULL, NULL, 0, &err), &err))
         return false;
     size_t skip = (size_t) (r->fact[i].n - 1 - ref->n_rows); /* the last rows are kept */

@@ -629,7 +629,7 @@ test_shared(const tiny_spec *spec)
         if (turn == 0)
             fine &= ok(kne_arena_commit(&arena, &err), &err);
     }
-    fine = fine && ok(kne_work_new(&t->m, (kne_work_shape) {40, 20, N_EDIT, true, 40}, &w, &err), &err);
+    fine = fine && ok(kne_work_new_shared(&t->m, (kne_work_shape) {40, 20, N_EDIT, true}, 40, &w, &err), &err);
     make_edits(&e, t, 0.4, 7);
     for (int which = 0; which < 2 && fine; which++)
     {

@@ -271,7 +271,7 @@ test_family(const char *family)
     fine = fine && ok(kne_model_open(path, &m, &err), &err) && m->arch.n_layers <= MAX_LAYERS &&
            read_batch(&b, golden);
     if (fine)
-        fine = ok(kne_work_new(m, (kne_work_shape) {N_ROWS, N_ROWS, m->arch.d_ff, true, 0}, &w, &err),
+        fine = ok(kne_work_new(m, (kne_work_shape) {N_ROWS, N_ROWS, m->arch.d_ff, true}, &w, &err),
                   &err);
     if (fine)
     {
