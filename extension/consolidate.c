@@ -31,20 +31,22 @@ consolidate_body(PG_FUNCTION_ARGS)
         {INT4OID, JSONBOID, TEXTOID, UUIDOID, OIDOID}};
     kne_options options;
     KneModel *model;
+    Jsonb *resolved;
     Datum values[5];
     int64 id;
 
     kne_options_from_jsonb(PG_ARGISNULL(1) ? NULL : PG_GETARG_JSONB_P(1), &options);
     kne_require_preload();
     model = kne_model_by_name(PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0)));
+    resolved = kne_options_resolve(PG_ARGISNULL(1) ? NULL : PG_GETARG_JSONB_P(1), model->model_id, "consolidation", &options);
     kne_check_layers(&options, model);
     values[0] = Int32GetDatum(model->model_id);
-    values[1] = PG_ARGISNULL(1) ? (Datum) 0 : PG_GETARG_DATUM(1);
+    values[1] = resolved ? JsonbPGetDatum(resolved) : (Datum) 0;
     values[2] = CStringGetTextDatum(kne_caller());
     values[3] = UUIDPGetDatum(kne_origin());
     values[4] = ObjectIdGetDatum(MyDatabaseId);
     kne_spi_connect();
-    kne_spi(&insert, KNE_WRITE, values, PG_ARGISNULL(1) ? " n   " : NULL);
+    kne_spi(&insert, KNE_WRITE, values, resolved ? NULL : " n   ");
     id = kne_spi_int8(0, 1);
     kne_spi_finish();
     kne_warn_if_idle();

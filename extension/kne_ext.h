@@ -182,6 +182,9 @@ typedef struct KneEditSpec
 extern void kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_edits,
                               const KneEditSpec *edit);
 
+/* What the profiles alone make of a model's options, as JSON text; NULL: no more than the defaults. See kne_options_resolve. (profile.c) */
+extern char *kne_options_resolved(int32 model_id, const char *fallback);
+
 /* ---- states of edits (state.c): all SPI, in the caller's transaction ---- */
 extern void kne_event(int64 edit_id, const char *event, const char *detail_json);
 

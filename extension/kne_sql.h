@@ -8,6 +8,7 @@
 #include "kne_ext.h"
 
 #include "executor/spi.h"
+#include "fmgr.h"
 #include "utils/jsonb.h"
 
 #include "../src/kne_options.h"
@@ -62,7 +63,14 @@ extern void kne_event_user(int64 edit_id, const char *event, const char *key, co
 
 /* ERROR unless text is there and not blank. */
 extern void kne_check_text(const char *what, const char *value);
-/* Defaults, then the options of an object; ERROR for what the table does not allow. NULL: the defaults. */
+/*
+ * The options given for a model (may be NULL) with those of the profiles under them; NULL when there are none of either. `fallback`:
+ * the profile when they name none, if it exists; may be NULL. In the current context; *out: with the defaults.
+ */
+extern Jsonb *kne_options_resolve(Jsonb *given, int32 model_id, const char *fallback, kne_options *out);
+/* The profile that options name; NULL: none. */
+extern char *kne_options_profile(Jsonb *j);
+/* Defaults, then the options of an object ("profile" aside); ERROR for what the table does not allow. NULL: the defaults. */
 extern void kne_options_from_jsonb(Jsonb *j, kne_options *out);
 /* ERROR unless the model has the layers that the options name. */
 extern void kne_check_layers(const kne_options *options, const KneModel *model);
@@ -84,5 +92,10 @@ extern TimestampTz kne_as_of_arg(FunctionCallInfo fcinfo, int n);
 
 /* The view that a reading function answers from: kept between calls of one snapshot (view.c). */
 extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
+
+/* The same from a function's arguments, NULL for the default model and for now. ERROR when kne is not preloaded. */
+extern KneView *kne_view_args(FunctionCallInfo fcinfo, int model, int as_of);
+/* Text that a model made, from a message: what the database's encoding cannot hold is replaced. */
+extern Datum kne_model_text(kne_rbuf *r);
 
 #endif

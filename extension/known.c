@@ -14,6 +14,7 @@
 #include "common/hashfn.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/memutils.h"
 
 /* With fewer than this many known facts the general list joins them. */
@@ -256,6 +257,16 @@ kne_anchors(const KneKnown *known, int n_known, const char *subject, const char 
 
 /* ---------------------------------------------------------------- the message */
 
+/* Its name is for people; what it says is among the options already. */
+static char *
+without_profile(const char *options_json)
+{
+    Datum options = DirectFunctionCall1(jsonb_in, CStringGetDatum(options_json));
+
+    options = DirectFunctionCall2(jsonb_delete, options, CStringGetTextDatum("profile"));
+    return DatumGetCString(DirectFunctionCall1(jsonb_out, options));
+}
+
 void
 kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_edits,
                   const KneEditSpec *edit)
@@ -268,7 +279,7 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
     KneKnown *known;
     int n_known;
 
-    kne_put_str(w, options_json && options_json[0] ? options_json : "{}");
+    kne_put_str(w, options_json && options_json[0] ? without_profile(options_json) : "{}");
     old = MemoryContextSwitchTo(mcxt);
     kne_options_from_text(options_json, &options);
     subject = palloc(sizeof(char *) * Max(n_edits, 1));

@@ -54,8 +54,8 @@ kne_as_of_arg(FunctionCallInfo fcinfo, int n)
     return t;
 }
 
-static KneView *
-view_args(FunctionCallInfo fcinfo, int model, int as_of)
+KneView *
+kne_view_args(FunctionCallInfo fcinfo, int model, int as_of)
 {
     kne_require_preload();
     return kne_view_for_read(text_arg(fcinfo, model), kne_as_of_arg(fcinfo, as_of));
@@ -84,8 +84,8 @@ body_begin(kne_wbuf *w, const KneView *view)
  * (a byte-level vocabulary has a token for it), or a character that has no equivalent. One such token must
  * not cost the whole answer.
  */
-static Datum
-model_text(kne_rbuf *r)
+Datum
+kne_model_text(kne_rbuf *r)
 {
     StringInfoData out;
     size_t n, at = 0;
@@ -120,7 +120,7 @@ model_text(kne_rbuf *r)
 static Datum
 text_reply(KneReply *reply)
 {
-    Datum answer = model_text(&reply->body);
+    Datum answer = kne_model_text(&reply->body);
 
     kne_reply_done(reply);
     return answer;
@@ -150,7 +150,7 @@ kne_complete(PG_FUNCTION_ARGS)
     if (max_tokens < 0)
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("max_tokens must not be negative"),
                         errdetail("It is %d.", max_tokens)));
-    view = view_args(fcinfo, 2, 3);
+    view = kne_view_args(fcinfo, 2, 3);
     body_begin(&w, view);
     kne_put_text(&w, text_arg(fcinfo, 0));
     kne_put_i32(&w, max_tokens);
@@ -168,7 +168,7 @@ kne_logprob(PG_FUNCTION_ARGS)
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         PG_RETURN_NULL();
-    view = view_args(fcinfo, 2, 3);
+    view = kne_view_args(fcinfo, 2, 3);
     body_begin(&w, view);
     kne_put_u32(&w, 1);
     kne_put_text(&w, text_arg(fcinfo, 0));
@@ -193,7 +193,7 @@ kne_knows(PG_FUNCTION_ARGS)
     kne_check_text("subject", text_arg(fcinfo, 0));
     kne_check_text("relation", text_arg(fcinfo, 1));
     kne_check_text("object", text_arg(fcinfo, 2));
-    view = view_args(fcinfo, 3, 4);
+    view = kne_view_args(fcinfo, 3, 4);
     body_begin(&w, view);
     kne_put_u32(&w, 1);
     kne_put_text(&w, kne_prompt(text_arg(fcinfo, 0), text_arg(fcinfo, 1)));
@@ -276,7 +276,7 @@ kne_next_tokens(PG_FUNCTION_ARGS)
     if (k < 1)
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("k must be at least 1"),
                         errdetail("It is %d.", k)));
-    view = view_args(fcinfo, 2, 3);
+    view = kne_view_args(fcinfo, 2, 3);
     body_begin(&w, view);
     kne_put_text(&w, text_arg(fcinfo, 0));
     kne_put_i32(&w, k);
@@ -289,7 +289,7 @@ kne_next_tokens(PG_FUNCTION_ARGS)
 
         values[0] = Int32GetDatum((int32) i + 1);
         values[2] = Int32GetDatum(kne_get_i32(&reply.body));
-        values[1] = model_text(&reply.body);
+        values[1] = kne_model_text(&reply.body);
         values[3] = Float8GetDatum(kne_get_f64(&reply.body));
         tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
         pfree(DatumGetPointer(values[1]));
@@ -316,6 +316,7 @@ kne_locate(PG_FUNCTION_ARGS)
     KneView *view;
     kne_options options;
     char *options_json = NULL;
+    Jsonb *resolved;
     int64 without = 0;
     kne_wbuf w;
     KneReply reply;
@@ -332,14 +333,11 @@ kne_locate(PG_FUNCTION_ARGS)
     kne_check_text("relation", edit.relation);
     kne_check_text("object", edit.object);
     kne_options_from_jsonb(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), &options);
-    if (!PG_ARGISNULL(4))
-    {
-        Jsonb *j = PG_GETARG_JSONB_P(4);
-
-        options_json = JsonbToCString(NULL, &j->root, VARSIZE(j));
-    }
     kne_require_preload();
     model = kne_model_by_name(text_arg(fcinfo, 3));
+    resolved = kne_options_resolve(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), model->model_id, NULL, &options);
+    if (resolved)
+        options_json = JsonbToCString(NULL, &resolved->root, VARSIZE(resolved));
     kne_check_layers(&options, model);
 
     kne_spi_connect();

@@ -105,6 +105,7 @@ edit_body(PG_FUNCTION_ARGS)
     kne_options_from_jsonb(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), &options);
     kne_require_preload();
     model = kne_model_by_name(PG_ARGISNULL(3) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(3)));
+    (void) kne_options_resolve(PG_ARGISNULL(4) ? NULL : PG_GETARG_JSONB_P(4), model->model_id, NULL, &options);
     kne_check_layers(&options, model);
     values[0] = Int32GetDatum(model->model_id);
     for (int i = 0; i < 3; i++)
@@ -169,19 +170,24 @@ column_text(TriggerData *trig, const char *name)
 typedef struct Fill
 {
     int n;
-    int attnum[4];
-    Datum value[4];
-    bool isnull[4];
+    int attnum[5];
+    Datum value[5];
+    bool isnull[5];
 } Fill;
+
+static void
+fill_in(TriggerData *trig, Fill *f, const char *name, Datum value)
+{
+    f->attnum[f->n] = SPI_fnumber(trig->tg_relation->rd_att, name);
+    f->value[f->n] = value;
+    f->isnull[f->n++] = false;
+}
 
 static void
 fill_null(TriggerData *trig, Fill *f, const char *name, Datum value)
 {
-    if (!column_null(trig, name))
-        return;
-    f->attnum[f->n] = SPI_fnumber(trig->tg_relation->rd_att, name);
-    f->value[f->n] = value;
-    f->isnull[f->n++] = false;
+    if (column_null(trig, name))
+        fill_in(trig, f, name, value);
 }
 
 static Datum
@@ -216,17 +222,22 @@ request_before_body(PG_FUNCTION_ARGS)
     {
         kne_options options;
         KneModel *model;
+        Jsonb *given, *resolved;
         char *state = column_text(trig, "state");
 
         check_fact(column_text(trig, "subject"), column_text(trig, "relation"), column_text(trig, "object"));
-        kne_options_from_jsonb(column_null(trig, "options") ? NULL : DatumGetJsonbP(column(trig, "options")), &options);
+        given = column_null(trig, "options") ? NULL : DatumGetJsonbP(column(trig, "options"));
+        kne_options_from_jsonb(given, &options);
         if (state && strcmp(state, "pending") != 0)
             ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
                             errmsg("a new request must be pending, not %s", state)));
         kne_require_preload();
         model = model_of(trig);
+        resolved = kne_options_resolve(given, model->model_id, NULL, &options);
         kne_check_layers(&options, model);
         fill_null(trig, &fill, "model_id", Int32GetDatum(model->model_id));
+        if (resolved)
+            fill_in(trig, &fill, "options", JsonbPGetDatum(resolved));
     }
     by = palloc0(sizeof *by);
     namestrcpy(by, kne_caller());

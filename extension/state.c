@@ -457,11 +457,26 @@ kne_options_from_jsonb(Jsonb *j, kne_options *out)
             kind = KNE_JSON_BOOL;
             number = v.val.boolean ? 1 : 0;
         }
+        if (strcmp(name, "profile") == 0)
+        {
+            if (kind != KNE_JSON_STRING)
+                ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("edit option \"profile\" must be a string"),
+                                errdetail("It names a row of kne.profile.")));
+            continue;
+        }
         if (kne_option_set(out, name, kind, number, string, &err) != KNE_OK)
             throw_err(&err);
     }
     if (kne_options_check(out, &err) != KNE_OK)
         throw_err(&err);
+}
+
+char *
+kne_options_profile(Jsonb *j)
+{
+    JsonbValue *v = j ? getKeyJsonValueFromContainer(&j->root, "profile", strlen("profile"), NULL) : NULL;
+
+    return v && v->type == jbvString ? pnstrdup(v->val.string.val, v->val.string.len) : NULL;
 }
 
 void

@@ -431,17 +431,32 @@ due_values(Datum *values)
 void
 kne_autoconsolidate_queue(void)
 {
+    static const char find[] =
+        "SELECT model_id FROM (" DUE ") q WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp()";
     static const char queue[] =
-        "INSERT INTO kne.consolidation (model_id, automatic, requested_by, origin, origin_database)"
-        " SELECT q.model_id, true, current_user, i.origin,"
-        " (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"
-        " FROM (" DUE ") q, kne.instance i WHERE q.not_before IS NULL OR q.not_before <= clock_timestamp()";
-    Datum values[3];
+        "INSERT INTO kne.consolidation (model_id, options, automatic, requested_by, origin, origin_database)"
+        " SELECT $1, $2::jsonb, true, current_user, i.origin,"
+        " (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()) FROM kne.instance i";
+    static const Oid types[] = {INT4OID, TEXTOID};
+    Datum  values[3];
+    uint64 i, n;
+    int32 *model_id;
 
     if (!kne_autoconsolidate)
         return;
     due_values(values);
-    kne_sql(queue, 3, due_types, values, NULL);
+    n = kne_sql(find, 3, due_types, values, NULL);
+    model_id = palloc(sizeof(int32) * Max(n, 1));
+    for (i = 0; i < n; i++)
+        model_id[i] = (int32) kne_sql_int8(i, 1);
+    for (i = 0; i < n; i++)
+    {
+        char *options = kne_options_resolved(model_id[i], "consolidation");
+
+        values[0] = Int32GetDatum(model_id[i]);
+        values[1] = options ? CStringGetTextDatum(options) : (Datum) 0;
+        kne_sql(queue, 2, types, values, options ? NULL : " n");
+    }
 }
 
 TimestampTz

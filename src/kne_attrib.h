@@ -25,6 +25,10 @@ typedef struct kne_tokens
 kne_status kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact,
                             int32_t n, double *logp, uint8_t *right, float *const *all_logp,
                             int (*yield)(void *), void *yield_ctx, kne_err *err);
+/* The same; likeliest: NULL or the argmax at each object token, of all facts one after the other. */
+kne_status kne_score_each(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact,
+                          int32_t n, double *logp, uint8_t *right, float *const *all_logp, int32_t *likeliest,
+                          int (*yield)(void *), void *yield_ctx, kne_err *err);
 
 /*
  * Attr(l,k) of every object token: score[i] points at (L, f) floats, one for each object token of each fact

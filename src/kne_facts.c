@@ -83,13 +83,15 @@ kne_tokenize_fact(const kne_model *m, kne_text prompt, kne_text object, kne_ids 
 static kne_status
 score_pass(const kne_model *m, kne_backend *be, const kne_view *view, kne_work *work, const kne_pack *pack,
            const kne_tokens *fact, int32_t from, int32_t to, float *lp, int32_t *best, double *logp,
-           uint8_t *right, float *const *all_logp, kne_err *err)
+           uint8_t *right, float *const *all_logp, int32_t *likeliest, kne_err *err)
 {
     const int32_t V = m->arch.vocab_size;
 
     KNE_TRY(kne_forward(m, be, work, &pack->b, view ? &view->overlay : NULL, NULL, 0, err));
     kne_work_logprob(be, work, 0, pack->b.n_out, V, pack->target, NULL, lp, best);
     KNE_TRY(be->status(be->ctx, err));
+    if (likeliest)
+        memcpy(likeliest, best, (size_t) pack->b.n_out * sizeof *best);
     for (int32_t i = from, o = 0; i < to; i++)
     {
         int32_t s = fact[i].n - fact[i].n_prompt;
@@ -116,12 +118,20 @@ kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, cons
                  double *logp, uint8_t *right, float *const *all_logp, int (*yield)(void *), void *yield_ctx,
                  kne_err *err)
 {
+    return kne_score_each(m, be, view, fact, n, logp, right, all_logp, NULL, yield, yield_ctx, err);
+}
+
+kne_status
+kne_score_each(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact, int32_t n,
+               double *logp, uint8_t *right, float *const *all_logp, int32_t *likeliest, int (*yield)(void *),
+               void *yield_ctx, kne_err *err)
+{
     kne_work  *work = NULL;
     kne_pack   pack = {0};
     kne_arena  arena = {0};
     float     *lp = NULL;
     int32_t   *best = NULL, rows, outs, longest = 1, most_out = 1;
-    int64_t    total = 0;
+    int64_t    total = 0, done = 0;
     kne_status st = KNE_OK;
 
     if (n == 0)
@@ -158,7 +168,9 @@ kne_score_tokens(const kne_model *m, kne_backend *be, const kne_view *view, cons
         if (from && yield && yield(yield_ctx))
             st = kne_error(err, KNE_ERR_CANCELLED, "cancelled");
         else
-            st = score_pass(m, be, view, work, &pack, fact, from, to, lp, best, logp, right, all_logp, err);
+            st = score_pass(m, be, view, work, &pack, fact, from, to, lp, best, logp, right, all_logp,
+                            likeliest ? likeliest + done : NULL, err);
+        done += pack.b.n_out;
     }
     kne_work_free(work);
     kne_arena_free(&arena);

@@ -1,6 +1,6 @@
 /*
- * kne_generate.c - greedy decoding with a K/V cache: the prompt in one pass,
- * then one row a token.
+ * kne_generate.c - decoding with a K/V cache, greedy or by sampling among the likeliest: the
+ * prompt in one pass, then one row a token.
  *
  * Contract: at most n_ctx positions are fed, so the last id may be the
  * prediction that the last position makes. A decoding row sees the same numbers
@@ -8,6 +8,7 @@
  */
 #include "kne_graph_impl.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 static kne_status
@@ -58,13 +59,48 @@ max_edits(const kne_model *m, const kne_overlay *ov)
     return most;
 }
 
+/* One of the top_k likeliest, in proportion to their probabilities. logp: (n). */
+static int32_t
+sample(const float *logp, int32_t n, int32_t top_k, uint64_t *state)
+{
+    int32_t best[KNE_MAX_TOP_K], size = 0;
+    double  total = 0, at;
+
+    for (int32_t id = 0; id < n; id++)
+    {
+        int32_t i = size < top_k ? size++ : top_k - 1;
+
+        if (i == top_k - 1 && size == top_k && id >= top_k && logp[id] <= logp[best[i]])
+            continue;
+        for (; i > 0 && logp[best[i - 1]] < logp[id]; i--)
+            best[i] = best[i - 1];
+        best[i] = id;
+    }
+    for (int32_t i = 0; i < size; i++)
+        total += exp((double) logp[best[i]]);
+    at = (double) (kne_random_next(state) >> 11) * 0x1p-53 * total;
+    for (int32_t i = 0; i < size; i++)
+        if ((at -= exp((double) logp[best[i]])) < 0)
+            return best[i];
+    return best[size - 1];
+}
+
 kne_status
 kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
              int32_t n_prompt, int32_t max_tokens, int (*yield)(void *), void *yield_ctx,
              kne_ids *out, kne_err *err)
 {
+    return kne_generate_sampled(m, be, ov, prompt, n_prompt, max_tokens, 1, 0, yield, yield_ctx, out, err);
+}
+
+kne_status
+kne_generate_sampled(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
+                     int32_t n_prompt, int32_t max_tokens, int32_t top_k, uint64_t seed, int (*yield)(void *),
+                     void *yield_ctx, kne_ids *out, kne_err *err)
+{
     kne_work  *w = NULL;
     int32_t   *pos = NULL;
+    float     *all = NULL;
     int32_t    steps, n_known = m->arch.vocab_size;
     kne_status st;
 
@@ -80,8 +116,13 @@ kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const i
     KNE_TRY(reserve(out, steps, err));
 
     pos = malloc((size_t) n_prompt * sizeof *pos);
-    if (!pos)
+    if (top_k > 1)
+        all = malloc((size_t) n_known * sizeof *all);
+    if (!pos || (top_k > 1 && !all))
+    {
+        free(pos);
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    }
     for (int32_t i = 0; i < n_prompt; i++)
         pos[i] = i;
     kne_work_shape shape = {.max_n = n_prompt, .max_out = 1, .max_overlay = max_edits(m, ov)};
@@ -104,15 +145,24 @@ kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *ov, const i
             st = kne_forward_cached(m, be, w, &b, ov, NULL, 0, past, err);
         if (st != KNE_OK)
             break;
-        kne_work_logprob(be, w, 0, 1, n_known, &target, NULL, NULL, &next);
+        if (all)
+        {
+            be->log_softmax(be->ctx, w->logits, w->logits, 1, n_known);
+            be->get(be->ctx, all, w->logits, (size_t) n_known * sizeof *all);
+        }
+        else
+            kne_work_logprob(be, w, 0, 1, n_known, &target, NULL, NULL, &next);
         if ((st = be->status(be->ctx, err)) != KNE_OK)
             break;
-        if (next == m->arch.eos_id)
+        if (all)
+            next = sample(all, n_known, top_k, &seed);
+        if (next == m->arch.eos_id && top_k == 1)
             break;
         out->id[out->n++] = next;
         past += n;
     }
     kne_work_free(w);
     free(pos);
+    free(all);
     return st;
 }

@@ -147,4 +147,14 @@ kne_status kne_generate(const kne_model *m, kne_backend *be, const kne_overlay *
                         int32_t n_prompt, int32_t max_tokens, int (*yield)(void *), void *yield_ctx,
                         kne_ids *out, kne_err *err);
 
+/*
+ * The same, each token drawn from the top_k likeliest (1 to KNE_MAX_TOP_K, the caller's duty) in proportion to their probabilities;
+ * 1 is greedy. Equal seeds give equal texts. A sampled
+ * text goes on behind the end-of-text id, as the field's figures of fluency want it.
+ */
+#define KNE_MAX_TOP_K 64
+kne_status kne_generate_sampled(const kne_model *m, kne_backend *be, const kne_overlay *ov, const int32_t *prompt,
+                                int32_t n_prompt, int32_t max_tokens, int32_t top_k, uint64_t seed,
+                                int (*yield)(void *), void *yield_ctx, kne_ids *out, kne_err *err);
+
 #endif

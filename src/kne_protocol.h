@@ -54,6 +54,16 @@ enum kne_msg
     KNE_MSG_TOKENIZE = 14,    /* str text -> n * i32 */
     KNE_MSG_DETOKENIZE = 15,  /* n * i32 -> str text */
 
+    /* n * (str prompt, str answer) -> n * (f64 natural log of the answer's probability,
+     *     n * (i32 token, i32 likeliest token there given those before) of the answer) */
+    KNE_MSG_SCORE = 16,
+    /* i32 max_tokens, i32 top_k (1: greedy; to 64, sampled, not ended by the end-of-text token), i64 seed, n * str prompt
+     * -> n * str text */
+    KNE_MSG_GENERATE = 17,
+    /* n * str text -> n * (f64 natural log of its probability given its first token, i32 tokens after the first); what is
+     * over the context is cut off, a text without a second token counts nothing */
+    KNE_MSG_TEXTS = 18,
+
     /* ---- edits ----
      * view (of which the superseded edits are left out by the client),
      * str options (JSON object, see kne_options.h),

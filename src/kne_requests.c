@@ -13,8 +13,8 @@
 #include <math.h>
 #include <stdlib.h>
 
-static kne_text
-get_text(kne_rbuf *r)
+kne_text
+kne_get_span(kne_rbuf *r)
 {
     kne_text t;
 
@@ -27,7 +27,7 @@ get_text(kne_rbuf *r)
 static kne_status
 inspect(kne_call *c, kne_err *err)
 {
-    kne_text        path = get_text(&c->in);
+    kne_text        path = kne_get_span(&c->in);
     char           *name;
     kne_loaded     *l = NULL;
     const kne_arch *a;
@@ -122,8 +122,8 @@ delta_put(kne_call *c, kne_err *err)
 /* ---- reads ---- */
 
 /* Encode a prompt and check that it is one: at least a token, no more than the context holds. */
-static kne_status
-encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err)
+kne_status
+kne_encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err)
 {
     const kne_model *m = c->loaded->model;
 
@@ -152,8 +152,8 @@ encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err)
  * The text of the continuation, as the difference that it makes to the prompt's: decoders treat the
  * first token of a text as such (SentencePiece's drop its space), so it is not decoded alone.
  */
-static kne_status
-put_continuation(kne_call *c, const kne_ids *prompt, const kne_ids *more, kne_err *err)
+kne_status
+kne_put_continuation(kne_call *c, const kne_ids *prompt, const kne_ids *more, kne_err *err)
 {
     const kne_tokenizer *t = c->loaded->model->tokenizer;
     int32_t              n = prompt->n + more->n;
@@ -188,7 +188,7 @@ put_continuation(kne_call *c, const kne_ids *prompt, const kne_ids *more, kne_er
 static kne_status
 complete(kne_call *c, kne_err *err)
 {
-    kne_text   prompt = get_text(&c->in);
+    kne_text   prompt = kne_get_span(&c->in);
     int32_t    max_tokens = kne_get_i32(&c->in);
     kne_ids    ids = {0}, more = {0};
     kne_status st;
@@ -197,12 +197,12 @@ complete(kne_call *c, kne_err *err)
         return kne_malformed(c, err);
     if (max_tokens < 0)
         return kne_error(err, KNE_ERR_INVALID, "max_tokens must not be negative");
-    st = encode_prompt(c, prompt, &ids, err);
+    st = kne_encode_prompt(c, prompt, &ids, err);
     if (st == KNE_OK && max_tokens > 0)
         st = kne_generate(c->loaded->model, c->engine->backend, &c->view->overlay, ids.id, ids.n,
                           max_tokens, kne_serve_yield, c, &more, err);
     if (st == KNE_OK && more.n > 0)
-        st = put_continuation(c, &ids, &more, err);
+        st = kne_put_continuation(c, &ids, &more, err);
     else if (st == KNE_OK)
         kne_put_str(&c->out, "");
     kne_ids_free(&ids);
@@ -228,8 +228,8 @@ score(kne_call *c, bool want_logp, kne_err *err)
     }
     for (uint32_t i = 0; i < n; i++)
     {
-        prompt[i] = get_text(&c->in);
-        object[i] = get_text(&c->in);
+        prompt[i] = kne_get_span(&c->in);
+        object[i] = kne_get_span(&c->in);
     }
     if (!kne_get_done(&c->in))
     {
@@ -362,7 +362,7 @@ one_pass(kne_call *c, const kne_ids *ids, kne_work **w, kne_err *err)
 static kne_status
 next_tokens(kne_call *c, kne_err *err)
 {
-    kne_text         prompt = get_text(&c->in);
+    kne_text         prompt = kne_get_span(&c->in);
     int32_t          k = kne_get_i32(&c->in);
     const kne_model *m = c->loaded->model;
     kne_backend     *be = c->engine->backend;
@@ -380,7 +380,7 @@ next_tokens(kne_call *c, kne_err *err)
     /* Rows of the head beyond the tokenizer's are padding. */
     vocab = vocab < m->arch.vocab_size ? vocab : m->arch.vocab_size;
     k = k < vocab ? k : vocab;
-    st = encode_prompt(c, prompt, &ids, err);
+    st = kne_encode_prompt(c, prompt, &ids, err);
     if (st == KNE_OK)
         st = one_pass(c, &ids, &w, err);
     best = malloc((size_t) k * sizeof *best + 1);
@@ -415,7 +415,7 @@ next_tokens(kne_call *c, kne_err *err)
 static kne_status
 tokenize(kne_call *c, kne_err *err)
 {
-    kne_text   text = get_text(&c->in);
+    kne_text   text = kne_get_span(&c->in);
     kne_ids    ids = {0};
     kne_status st;
 
@@ -468,6 +468,9 @@ static const kne_request_kind kinds[] = {
     {KNE_MSG_KNOWS, "KNOWS", KNE_CLASS_SHORT, KNE_NEEDS_VIEW, knows},
     {KNE_MSG_TOKENIZE, "TOKENIZE", KNE_CLASS_SHORT, KNE_NEEDS_MODEL, tokenize},
     {KNE_MSG_DETOKENIZE, "DETOKENIZE", KNE_CLASS_SHORT, KNE_NEEDS_MODEL, detokenize},
+    {KNE_MSG_SCORE, "SCORE", KNE_CLASS_LONG, KNE_NEEDS_VIEW, kne_handle_score},
+    {KNE_MSG_GENERATE, "GENERATE", KNE_CLASS_LONG, KNE_NEEDS_VIEW, kne_handle_generate},
+    {KNE_MSG_TEXTS, "TEXTS", KNE_CLASS_LONG, KNE_NEEDS_VIEW, kne_handle_texts},
     {KNE_MSG_EDIT, "EDIT", KNE_CLASS_EDIT, KNE_NEEDS_VIEW, kne_handle_edit},
     {KNE_MSG_LOCATE, "LOCATE", KNE_CLASS_EDIT, KNE_NEEDS_VIEW, kne_handle_locate},
     {KNE_MSG_EXPORT, "EXPORT", KNE_CLASS_LONG, KNE_NEEDS_VIEW, kne_handle_export},

@@ -24,15 +24,6 @@ typedef struct parsed
     int32_t       *anchors;
 } parsed;
 
-static kne_text
-get_text(kne_rbuf *r)
-{
-    kne_text t;
-
-    t.p = kne_get_bytes(r, &t.len);
-    return t;
-}
-
 static void
 free_parsed(parsed *p)
 {
@@ -62,8 +53,8 @@ parse_edits(kne_call *c, parsed *p, kne_err *err)
         e->n_prompts = (int32_t) kne_get_count(&c->in, 4);
         e->prompt = p->prompts + n_prompts;
         for (int32_t k = 0; k < e->n_prompts; k++)
-            p->prompts[n_prompts++] = get_text(&c->in);
-        e->object = get_text(&c->in);
+            p->prompts[n_prompts++] = kne_get_span(&c->in);
+        e->object = kne_get_span(&c->in);
         e->n_anchors = (int32_t) kne_get_count(&c->in, 4);
         e->anchor = p->anchors + n_anchors;
         for (int32_t k = 0; k < e->n_anchors; k++)
@@ -133,7 +124,7 @@ job_progress(void *ctx, int phase, int done, int total, float loss, int finished
 static kne_status
 parse_job(kne_call *c, parsed *p, kne_err *err)
 {
-    kne_text options = get_text(&c->in);
+    kne_text options = kne_get_span(&c->in);
     uint32_t n = kne_get_count(&c->in, 4 + 4 + 8);
 
     p->known = malloc((size_t) n * sizeof *p->known + 1);
@@ -141,8 +132,8 @@ parse_job(kne_call *c, parsed *p, kne_err *err)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     for (uint32_t i = 0; i < n; i++)
     {
-        p->known[i].prompt = get_text(&c->in);
-        p->known[i].object = get_text(&c->in);
+        p->known[i].prompt = kne_get_span(&c->in);
+        p->known[i].object = kne_get_span(&c->in);
         p->known[i].edit_id = kne_get_i64(&c->in);
     }
     p->job.n_known = (int32_t) n;

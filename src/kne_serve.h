@@ -9,6 +9,7 @@
 #define KNE_SERVE_H
 
 #include "kne_backend.h"
+#include "kne_edit.h"
 #include "kne_queue.h"
 #include "kne_store.h"
 
@@ -74,6 +75,17 @@ void kne_serve_work(kne_call *c, const char *fmt, ...) __attribute__((format(pri
 
 /* KNE_ERR_PROTOCOL, naming the request */
 kne_status kne_malformed(const kne_call *c, kne_err *err);
+
+/* kne_requests.c, for the others: a text that points into the frame; a prompt's tokens, at least one and no more than the context
+ * holds; the text that `more` adds to the prompt's, into the answer. */
+kne_text   kne_get_span(kne_rbuf *r);
+kne_status kne_encode_prompt(const kne_call *c, kne_text prompt, kne_ids *ids, kne_err *err);
+kne_status kne_put_continuation(kne_call *c, const kne_ids *prompt, const kne_ids *more, kne_err *err);
+
+/* kne_requests_score.c */
+kne_status kne_handle_score(kne_call *c, kne_err *err);
+kne_status kne_handle_generate(kne_call *c, kne_err *err);
+kne_status kne_handle_texts(kne_call *c, kne_err *err);
 
 /* kne_requests_edit.c */
 kne_status kne_handle_edit(kne_call *c, kne_err *err);
