@@ -22,11 +22,12 @@ lines=$dir/eval.tsv
 methods() {
     cat <<'LIST'
 kne {}
-paper's, plain {"contrast":0,"anchors":0,"step":"adam","lr":0.003}
+paper's, plain {"select":"attribution","contrast":0,"anchors":0,"step":"adam","lr":0.003}
+one layer, all weights (FT-M) {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.001,"anchors":0}
+all value vectors {"select":"all","lr":0.003}
 random neurons {"select":"random"}
-one layer, all weights (FT-M) {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.001,"beta":0}
-all value vectors {"select":"all","lr":0.01}
-without contrast {"contrast":0}
+by attribution with contrast {"select":"attribution"}
+by attribution without contrast {"select":"attribution","contrast":0}
 without anchors {"anchors":0}
 without protected step {"step":"adam","lr":0.003}
 without phrasings {"phrasings":0}

@@ -39,6 +39,7 @@ typedef struct edit
     int32_t             *dev_index; /* (n) of the device: the neuron within its layer */
     float               *dev_grad[N_MATRICES]; /* (n, d) of the device */
     double             **chol;     /* (L) factor of the metric, NULL where the layer has no neuron */
+    bool                 owns_chol; /* with select all, the first edit's serves them all */
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
     int32_t              n_rows, n_outs;   /* of its prompts */

@@ -285,6 +285,7 @@ layout(batch *b)
     const int32_t   L = arch->n_layers, d = arch->d_model;
     anchor_set     *a = &b->anchors;
     int32_t         rows = 1, outs = 1, total = a->n_rows, total_outs = a->n_outs, widest = a->widest > 1 ? a->widest : 1;
+    const edit     *first = NULL;
 
     for (int32_t i = 0; i < b->job->n_edits; i++)
     {
@@ -298,14 +299,19 @@ layout(batch *b)
         total += e->n_rows;
         total_outs += e->n_outs;
         e->dev_index = kne_arena_take(&b->dev, (size_t) e->n, sizeof *e->dev_index);
-        if (b->opt.step == KNE_STEP_PROTECTED)
+        e->owns_chol = b->opt.step == KNE_STEP_PROTECTED && !(b->opt.select == KNE_SELECT_ALL && first);
+        if (e->owns_chol)
             e->chol = kne_arena_take(&b->run, (size_t) L, sizeof *e->chol);
+        else if (first)
+            e->chol = first->chol; /* the same neurons */
+        if (!first)
+            first = e;
         for (int32_t l = 0; l < L; l++)
         {
             size_t  n = (size_t) (e->from[l + 1] - e->from[l]);
-            double *c = n && b->opt.step == KNE_STEP_PROTECTED ? kne_arena_take(&b->run, n * n, sizeof *c) : NULL;
+            double *c = n && e->owns_chol ? kne_arena_take(&b->run, n * n, sizeof *c) : NULL;
 
-            if (e->chol)
+            if (e->chol && e->owns_chol)
                 e->chol[l] = c;
             widest = (int32_t) n > widest ? (int32_t) n : widest;
         }
@@ -720,7 +726,7 @@ prepare_edits(batch *b)
                     }
             for (int32_t j = from; j < from + n; j++)
                 e->index[j] -= l * f; /* from here on: the neuron within its layer */
-            if (n && e->chol)
+            if (n && e->owns_chol)
                 kne_metric_factor(e->chol[l], b->protect, b->n_protect, l, f, e->index + from, n, b->opt.ridge, mean,
                                   b->column);
         }
