@@ -112,7 +112,7 @@ class Peer:
             logp = self.logp(facts)
             loss = -logp[:n_target].gather(1, facts[3][:n_target, None]).mean()
             if len(anchors):
-                beta = o["beta"] * min(1.0, 2 - 2 * step / o["max_steps"])  # fades in the second half
+                beta = o["beta"] * 2.0 ** (-10 * max(0.0, step / o["max_steps"] - 0.2))  # fades after a fifth of the steps
                 loss = loss + beta * (reference.exp() * (reference - logp[n_target:])).sum(1).mean()
             losses.append(loss.item())
             if len(losses) > o["max_steps"]:

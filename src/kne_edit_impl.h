@@ -43,7 +43,8 @@ typedef struct edit
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
     int32_t              n_rows, n_outs;   /* of its prompts */
-    double               loss;
+    double               loss, last_loss; /* of the last pass, of the one before the last step */
+    double               pace;     /* factor of a protected step's length */
 } edit;
 
 /* The union of all neurons that the view or the batch edits, per layer, as the overlay of the passes. */

@@ -347,6 +347,64 @@ plan_layout(batch *b)
     }
 }
 
+/*
+ * The score by energy of each live edit of [from, to) into *out (n_tokens, L * f; grown), at the row of its first object token: 1 over
+ * the rank that a neuron has for any of the tokens (0 below the size of an ensemble). So each token has its share of the ensemble: what
+ * follows the first one stands on activations that no known fact has, and would take it whole. order: (size of an ensemble).
+ */
+static kne_status
+energies(batch *b, int32_t from, int32_t to, size_t n_tokens, float **out, int32_t *order, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
+    size_t              n_prompts = 0, n = 0, used = 0;
+    kne_energy_of      *of = malloc((n_tokens + 1) * sizeof *of);
+    kne_tokens         *prompt;
+    kne_status          st = KNE_OK;
+
+    for (int32_t i = from; i < to; i++)
+        n_prompts += (size_t) b->edit[i].out->n_tokens * (size_t) b->edit[i].spec->n_prompts;
+    prompt = malloc((n_prompts + 1) * sizeof *prompt);
+    free(*out);
+    *out = malloc(n_tokens * len * sizeof **out);
+    if (!of || !prompt || !*out)
+        st = kne_error(err, KNE_ERR_NOMEM, "out of memory for the energies of %zu tokens", n_tokens);
+    for (int32_t i = from; i < to && st == KNE_OK; i++)
+        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens; j++, n++)
+        {
+            of[n] = (kne_energy_of) {prompt + used, 0, *out + n * len};
+            for (int32_t p = 0; p < b->edit[i].spec->n_prompts; p++)
+            {
+                const kne_tokens *t = &b->edit[i].prompt[p];
+
+                if (t->n_prompt + j >= t->n)
+                    continue; /* tokenised shorter after this prompt */
+                prompt[used++] = (kne_tokens) {t->id, t->n_prompt + j + 1, t->n_prompt + j};
+                of[n].n_prompts++;
+            }
+        }
+    if (st == KNE_OK)
+        st = kne_energy(job->model, job->backend, job->view, b->protect, b->n_protect, b->opt.ridge, of, (int32_t) n, &job->calls,
+                        err);
+    n = 0;
+    for (int32_t i = from; i < to && st == KNE_OK; i++)
+    {
+        float *first = *out + n * len;
+
+        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens && st == KNE_OK; j++, n++)
+        {
+            st = kne_select_top(*out + n * len, job->model->arch.d_ff, b->opt.layer_min, b->opt.layer_max, b->edit[i].n, order, err);
+            if (j == 0)
+                memset(first, 0, len * sizeof *first);
+            for (int32_t k = 0; st == KNE_OK && k < b->edit[i].n; k++)
+                first[order[k]] = fmaxf(first[order[k]], 1.0f / (float) (k + 1));
+        }
+    }
+    free(of);
+    free(prompt);
+    return st;
+}
+
 /* Attribute and select, as many edits at a time as SCORE_BYTES lets their scores stand side by side. */
 static kne_status
 ensembles(batch *b, kne_err *err)
@@ -360,13 +418,12 @@ ensembles(batch *b, kne_err *err)
     float  *mean_ref = calloc(len, sizeof *mean_ref), *score = malloc(len * sizeof *score), *buf = NULL, **at = NULL;
     int32_t *order = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *order);
     kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
-    kne_energy_of *of = calloc((size_t) job->n_edits + 1, sizeof *of);
-    float         *energy = NULL;
+    float      *energy = NULL;
     kne_ids    *own = calloc((size_t) job->n_edits + 1, sizeof *own); /* prompt and present answer, option "current" */
     size_t      n_buf = 0;
     int32_t     n_ref = 0;
     float       mean_all = 0;
-    kne_status  st = mean_ref && score && order && fact && of && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    kne_status  st = mean_ref && score && order && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     plan_layout(b);
     if (st == KNE_OK)
@@ -390,7 +447,6 @@ ensembles(batch *b, kne_err *err)
             if (e->state == EDIT_ENDED)
                 continue;
             fact[n_facts] = e->prompt[0];
-            of[n_facts] = (kne_energy_of) {e->prompt, e->spec->n_prompts, NULL};
             if (b->opt.tokens == KNE_TOKENS_CURRENT && attribute)
             {
                 /* prompt + the first tokens of the present answer, as many as the object has */
@@ -448,32 +504,22 @@ ensembles(batch *b, kne_err *err)
             st = kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n_facts, at, &job->calls, err);
         }
         if (st == KNE_OK && by_energy && n_facts)
-        {
-            free(energy);
-            energy = malloc((size_t) n_facts * len * sizeof *energy);
-            for (int32_t i = 0; energy && i < n_facts; i++)
-                of[i].score = energy + (size_t) i * len;
-            st = energy ? kne_energy(job->model, job->backend, job->view, b->protect, b->n_protect, b->opt.ridge, of, n_facts,
-                                     &job->calls, err)
-                        : kne_error(err, KNE_ERR_NOMEM, "out of memory");
-        }
+            st = energies(b, from, to, n_tokens, &energy, order, err);
         for (size_t k = 0; k < n_tokens && st == KNE_OK; k++)
             at[k] = buf ? buf + k * len : NULL;
         size_t k = 0;
-        for (int32_t i = from, n = 0; i < to && st == KNE_OK; i++)
+        for (int32_t i = from; i < to && st == KNE_OK; i++)
             if (b->edit[i].state != EDIT_ENDED)
             {
                 st = select_ensemble(b, &b->edit[i], attribute ? at + k : NULL, n_ref ? mean_ref : NULL, mean_all,
-                                     by_energy ? of[n].score : score, order, err);
+                                     by_energy ? energy + k * len : score, order, err);
                 k += (size_t) b->edit[i].out->n_tokens;
-                n++;
             }
     }
     for (int32_t i = 0; own && i < job->n_edits; i++)
         kne_ids_free(&own[i]);
     free(own);
     free(fact);
-    free(of);
     free(energy);
     free(mean_ref);
     free(score);

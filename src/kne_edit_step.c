@@ -415,12 +415,14 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
 
 /*
  * What an anchors' position weighs in the loss mean(-log P) + beta mean(KL) of an edit. An edit that circles where the
- * two balance gets there in the second half of its steps, in which beta fades.
+ * two balance gets there later: after the first fifth of its steps beta is halved with every tenth.
  */
 static double
 anchor_weight(const batch *b, const edit *e)
 {
-    return b->anchors.n ? b->opt.beta * fmin(1, 2 - 2.0 * e->out->steps / b->opt.max_steps) / b->anchors.outs_an_edit : 0;
+    const double late = fmax(0, (double) e->out->steps / b->opt.max_steps - 0.2);
+
+    return b->anchors.n ? b->opt.beta * exp2(-10 * late) / b->anchors.outs_an_edit : 0;
 }
 
 /* Tokens of the object of anchor i. */
@@ -625,7 +627,12 @@ protected_step(batch *b, edit *e)
             norm += (double) e->mean[k][i] * e->mean[k][i];
         }
     }
-    double scale = norm > 0 ? b->opt.lr * e->w_norm / sqrt(norm) : 0;
+    /* an edit that has not arrived after a fifth of its steps has far to go, or goes too far: longer while its loss falls, shorter where it rises */
+    if (5 * e->out->steps > b->opt.max_steps)
+        e->pace = e->loss < e->last_loss ? fmin(e->pace * 1.1, 8) : fmax(e->pace / 2, 0.125);
+    e->last_loss = e->loss;
+
+    double scale = norm > 0 ? b->opt.lr * e->pace * e->w_norm / sqrt(norm) : 0;
     if (b->opt.alpha > 0)
         scale *= b->opt.alpha / sqrt((double) e->n);
     for (int k = 0; k < N_MATRICES; k++)
@@ -736,6 +743,7 @@ prepare_edits(batch *b)
         edit *e = &b->edit[i];
 
         e->w_norm = sqrt(e->w_norm);
+        e->pace = 1;
         if (e->state != EDIT_ENDED)
             kne_device_put(b->job->backend, e->dev_index, e->index, (size_t) e->n * sizeof *e->index);
     }

@@ -1,7 +1,7 @@
 /*
  * kne_energy.c - see kne_energy.h. With R rows A of known activations, C = A^T A / R + r I and
  *     C^-1 a = (a - A^T (A A^T / R + r I)^-1 A a / R) / r,
- * and since G = a^T dy over the T tokens of an edit, energy(k) = z_k^T (dy dy^T) z_k with z = C^-1 a^T.
+ * and since G = a^T dy over the T tokens of an edit, energy(k) = z_k^T (dy dy^T) a_k with z = C^-1 a^T.
  */
 #include "kne_energy.h"
 #include "kne_device.h"
@@ -125,7 +125,7 @@ visit(void *ctx, const kne_ffn_grad *g)
             }
         for (int32_t k = 0; k < f; k++)
         {
-            const float *zk = z + (size_t) k * (size_t) T + (size_t) r0;
+            const float *zk = z + (size_t) k * (size_t) T + (size_t) r0, *ak = p->a_t + (size_t) k * (size_t) T + (size_t) r0;
             double       sum = 0;
 
             for (int32_t i = 0; i < n; i++)
@@ -133,7 +133,7 @@ visit(void *ctx, const kne_ffn_grad *g)
                 double row = 0;
 
                 for (int32_t j = 0; j < n; j++)
-                    row += p->k[i * n + j] * zk[j];
+                    row += p->k[i * n + j] * ak[j];
                 sum += row * zk[i];
             }
             score[k] = (float) sum;

@@ -1,11 +1,11 @@
 /*
- * kne_energy.h - what a step in the metric of known facts would move: the energy of each neuron.
+ * kne_energy.h - what a step in the metric of known facts would gain: the energy of each neuron.
  *
- *     energy(l, k) = || (G C^-1)[:, k] ||^2,   C = E[a a^T] + ridge * (mean diagonal) * I
+ *     energy(l, k) = < (G C^-1)[:, k], G[:, k] >,   C = E[a a^T] + ridge * (mean diagonal) * I
  *
- * G: gradient of log P(object) at the value vectors of a layer, over all training prompts of an edit; C: over the whole
- * layer, not the ensemble. A neuron ranks high when the edit wants it and known facts leave it alone, where "it" is the part
- * of its activation that other neurons do not share. Source: this project (docs/method.md).
+ * G: gradient of a log-probability at the value vectors of a layer, over some prompts; C: over the whole layer, not the
+ * ensemble. The sum over k is what the log-probability gains by a unit step in the metric, so this is each neuron's part in it: high
+ * where the edit wants it and known facts leave it alone. Source: this project (docs/method.md).
  */
 #ifndef KNE_ENERGY_H
 #define KNE_ENERGY_H

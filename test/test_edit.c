@@ -886,6 +886,17 @@ test_real(void)
     r = run(&job);
     check(same_deltas(r, one_by_one), "with the same bits by one thread");
     kne_cpu_backend_free(one);
+    job.backend = be;
+
+    /* the tokens after the first stand on activations of their own: they must not take the whole ensemble */
+    kne_edit_result *far;
+
+    specs[0].object = text_of("Atlantis");
+    far = run(&job);
+    check(far && far->edit[0].outcome == KNE_OUTCOME_APPLIED && far->edit[0].n_tokens > 2,
+          "an object of %d tokens, which the model never said", far ? far->edit[0].n_tokens : 0);
+    describe(far);
+    kne_edit_result_free(far);
     kne_edit_result_free(r);
     kne_edit_result_free(one_by_one);
     kne_view_free(after);
