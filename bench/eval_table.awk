@@ -15,10 +15,10 @@ NF == 7 {
     if ($5 == "success") edits[table, $3] += $7
     if ($5 == "success" && !((table, $4) in seeds)) { seeds[table, $4] = 1; n_seeds[table]++ }
 }
-function show(cell,    mean, var, text) {
+function show(cell, what,    mean, var, text) {
     if (!n[cell]) return ""
     mean = sum[cell] / n[cell]
-    text = mean <= 1.5 && cell !~ /steps|CPU|neurons|KiB|fluency/ ? sprintf("%.3f", mean) : sprintf("%.3g", mean)
+    text = mean <= 1.5 && what !~ /^(steps|CPU s|neurons|KiB|fluency.*)$/ ? sprintf("%.3f", mean) : sprintf("%.3g", mean)
     if (n[cell] > 1) {
         var = (square[cell] - n[cell] * mean * mean) / (n[cell] - 1)
         text = text sprintf(" ± %.2g", t95[n[cell] - 1 < 9 ? n[cell] - 1 : 9] * sqrt((var > 0 ? var : 0) / n[cell]))
@@ -36,7 +36,7 @@ END {
         for (r = 1; r <= n_rows[tables[i]]; r++) {
             v = variant[tables[i], r]
             printf "| %s | %d |", v, edits[tables[i], v]
-            for (c = 1; c <= n_cols[tables[i]]; c++) printf " %s |", show(tables[i] SUBSEP v SUBSEP metric[tables[i], c])
+            for (c = 1; c <= n_cols[tables[i]]; c++) printf " %s |", show(tables[i] SUBSEP v SUBSEP metric[tables[i], c], metric[tables[i], c])
             print ""
         }
     }
