@@ -37,6 +37,14 @@ CREATE TABLE kne.relation (
     inverse      text
 );
 
+-- Other names of subjects and objects, either way.
+CREATE TABLE kne.alias (
+    name   text NOT NULL CHECK (name <> ''),
+    alias  text NOT NULL CHECK (alias <> '' AND alias <> name),
+    PRIMARY KEY (name, alias)
+);
+CREATE INDEX alias_alias ON kne.alias (alias);
+
 -- Options by name. A row for a model goes before one for any (model_id NULL); 'default' is what every request begins with.
 CREATE TABLE kne.profile (
     name      text NOT NULL CHECK (name <> ''),
@@ -53,6 +61,7 @@ CREATE TABLE kne.edit_request (
     relation         text NOT NULL CHECK (relation <> ''),
     object           text NOT NULL CHECK (object <> ''),
     options          jsonb, -- as asked for, with what its profiles add
+    unit             bigint, -- edits that apply together or not at all: the first one's id; NULL: alone
     state            text NOT NULL DEFAULT 'pending' CHECK (state IN
                      ('pending', 'running', 'applied', 'failed', 'cancelled', 'superseded', 'reverted')),
     requested_by     name NOT NULL,
@@ -67,6 +76,7 @@ CREATE TABLE kne.edit_request (
     origin_database  oid NOT NULL
 ) WITH (fillfactor = 70);
 CREATE INDEX edit_request_pending ON kne.edit_request (model_id, edit_id) WHERE state IN ('pending', 'running');
+CREATE INDEX edit_request_unit ON kne.edit_request (unit) WHERE unit IS NOT NULL;
 CREATE UNIQUE INDEX edit_request_one_applied ON kne.edit_request (model_id, subject, relation) WHERE state = 'applied';
 CREATE INDEX edit_request_fact ON kne.edit_request (model_id, subject, relation, edit_id);
 
@@ -282,6 +292,14 @@ CREATE FUNCTION kne_retry(edit_id bigint)
     RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_retry';
+CREATE FUNCTION kne_edit_unit(subject text, relation text, object text, model text DEFAULT NULL, options jsonb DEFAULT NULL)
+    RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_edit_unit';
+CREATE FUNCTION kne_revert_unit(unit bigint, reason text DEFAULT NULL)
+    RETURNS integer
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_revert_unit';
 CREATE FUNCTION kne_adopt()
     RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
@@ -341,6 +359,12 @@ CREATE FUNCTION kne_health(model text DEFAULT NULL, as_of timestamptz DEFAULT NU
     LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_health';
 
+-- What follows from an edit.
+CREATE FUNCTION kne_consequences(subject text, relation text, object text, model text DEFAULT NULL)
+    RETURNS TABLE (derived text, edit_subject text, edit_relation text, edit_object text, known text)
+    LANGUAGE c STABLE PARALLEL RESTRICTED SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 4
+    AS 'MODULE_PATHNAME', 'kne_consequences';
+
 -- Questions by the hundred: edits and their probes from a published benchmark.
 CREATE FUNCTION kne_load_suite(suite jsonb, model text DEFAULT NULL, options jsonb DEFAULT NULL, first integer DEFAULT 1,
                                records integer DEFAULT NULL)
@@ -399,6 +423,7 @@ CREATE VIEW kne.stat_progress AS
 
 SELECT pg_catalog.pg_extension_config_dump('kne.model', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.relation', '');
+SELECT pg_catalog.pg_extension_config_dump('kne.alias', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.profile', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.edit_request', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.fact', '');
@@ -439,6 +464,9 @@ REVOKE ALL ON FUNCTION
     kne_cancel(bigint),
     kne_retry(bigint),
     kne_adopt(),
+    kne_edit_unit(text, text, text, text, jsonb),
+    kne_revert_unit(bigint, text),
+    kne_consequences(text, text, text, text),
     kne_consolidate(text, jsonb),
     kne_wait_consolidation(bigint, interval),
     kne_cancel_consolidation(bigint),
@@ -472,6 +500,7 @@ COMMENT ON SCHEMA kne IS 'knowledge edits: requests, solutions, history';
 COMMENT ON TABLE kne.instance IS 'This database as the origin of requests; not dumped.';
 COMMENT ON TABLE kne.model IS 'Models that kne_load_model registered.';
 COMMENT ON TABLE kne.relation IS 'Prompt templates of relations, {} for the subject; a relation without a row is plain text.';
+COMMENT ON TABLE kne.alias IS 'Other names of subjects and objects, either way.';
 COMMENT ON TABLE kne.profile IS 'Options by name; the profile default is what every request begins with.';
 COMMENT ON TABLE kne.edit_request IS 'Requests and their state. INSERT (subject, relation, object) asks for edits as kne_edit does.';
 COMMENT ON TABLE kne.fact IS 'What a model should know: told by users, and made so by edits. Facts in force protect each other from edits.';
@@ -495,6 +524,9 @@ COMMENT ON FUNCTION kne_wait(bigint, interval) IS 'Wait for the final state of a
 COMMENT ON FUNCTION kne_revert(bigint, text) IS 'Take an applied edit out of the model; the edit that it had superseded comes back.';
 COMMENT ON FUNCTION kne_cancel(bigint) IS 'Cancel a pending or running edit; false when it had finished.';
 COMMENT ON FUNCTION kne_retry(bigint) IS 'Queue a failed or cancelled edit again.';
+COMMENT ON FUNCTION kne_edit_unit(text, text, text, text, jsonb) IS 'Queue an edit and what follows from it as one unit: all are applied or none; returns the unit, which is the first edit''s id.';
+COMMENT ON FUNCTION kne_revert_unit(bigint, text) IS 'Take the applied edits of a unit out of the model; returns how many.';
+COMMENT ON FUNCTION kne_consequences(text, text, text, text) IS 'The edits that belong together with an edit: of aliases of the subject, and the inverse relation.';
 COMMENT ON FUNCTION kne_adopt() IS 'Let pending requests that came with a restored or copied database run here; returns how many.';
 COMMENT ON FUNCTION kne_consolidate(text, jsonb) IS 'Ask for the active edits of a model to be solved together anew, from the unedited base; returns a consolidation_id.';
 COMMENT ON FUNCTION kne_wait_consolidation(bigint, interval) IS 'Wait for the final state of a committed consolidation, and return it.';

@@ -154,6 +154,7 @@ typedef struct KneBatch
     int              n, open; /* open: how many verdicts are not written yet */
     KneJob          *job;
     int64           *edit_id;
+    int64            unit;          /* its edits are applied together or not at all; 0: each by itself */
     int64            consolidation; /* 0: a batch of edits */
     bool             automatic, gave_way;
     KneJob           whole; /* of a consolidation: its one verdict, with error, death and delay */

@@ -81,6 +81,8 @@ extern void kne_put_text(kne_wbuf *w, const char *s);
 
 /* Would nobody ever run what is being queued? A WARNING, once a transaction. ERROR when kne is not preloaded. */
 extern void kne_warn_if_idle(void);
+/* kne_revert, without its identity. */
+extern void kne_revert_edit(int64 edit_id, const char *reason);
 pg_noreturn extern void kne_no_such_edit(int64 edit_id);
 pg_noreturn extern void kne_no_such_consolidation(int64 consolidation_id);
 

@@ -388,8 +388,8 @@ reinstate(const Request *r, int64 reverted)
     return true;
 }
 
-static Datum
-revert_body(PG_FUNCTION_ARGS)
+void
+kne_revert_edit(int64 edit_id, const char *reason)
 {
     static KnePlan end_pair = {
         "UPDATE kne.activation SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL",
@@ -409,8 +409,6 @@ revert_body(PG_FUNCTION_ARGS)
         " AND t.object = f.object AND t.valid_to IS NULL)",
         4,
         {INT8OID, INT4OID, TEXTOID, TEXTOID}};
-    int64 edit_id = edit_id_arg(fcinfo);
-    char *reason = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
     Request r;
     Datum values[4];
 
@@ -436,6 +434,12 @@ revert_body(PG_FUNCTION_ARGS)
         kne_spi(&give_back, KNE_WRITE, values, NULL);
     }
     kne_spi_finish();
+}
+
+static Datum
+revert_body(PG_FUNCTION_ARGS)
+{
+    kne_revert_edit(edit_id_arg(fcinfo), PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)));
     PG_RETURN_VOID();
 }
 
@@ -447,30 +451,48 @@ kne_revert(PG_FUNCTION_ARGS)
 
 /* ---------------------------------------------------------------- cancel, retry, adopt */
 
+/* The edit $1 and, if it is of a unit, those that share its fate. */
+#define UNIT_OF \
+    "SELECT $1 UNION SELECT m.edit_id FROM kne.edit_request m JOIN kne.edit_request e ON m.unit = e.unit WHERE e.edit_id = $1"
+
+/* The edit_ids of the last result. */
+static int64 *
+rows_of(uint64 n, uint64 *out)
+{
+    int64 *id = palloc(sizeof *id * Max(n, 1));
+
+    for (uint64 i = 0; i < n; i++)
+        id[i] = kne_spi_int8(i, 1);
+    *out = n;
+    return id;
+}
+
 static Datum
 cancel_body(PG_FUNCTION_ARGS)
 {
     static KnePlan cancel = {
         "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
-        " WHERE edit_id = $1 AND state IN ('pending', 'running')",
+        " WHERE edit_id IN (" UNIT_OF ") AND state IN ('pending', 'running') RETURNING edit_id",
         1,
         {INT8OID}};
     static KnePlan exists = {"SELECT 1 FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
     int64 edit_id = edit_id_arg(fcinfo);
     Datum value = Int64GetDatum(edit_id);
-    bool done;
+    int64 *ids;
+    uint64 n;
 
     kne_spi_connect();
-    done = kne_spi(&cancel, KNE_WRITE, &value, NULL) > 0;
-    if (done)
+    ids = rows_of(kne_spi(&cancel, KNE_WRITE, &value, NULL), &n);
+    if (n > 0)
     {
-        kne_event_user(edit_id, "cancelled", "reason", NULL);
+        for (uint64 i = 0; i < n; i++)
+            kne_event_user(ids[i], "cancelled", "reason", NULL);
         kne_wake_at_commit(); /* the worker tells the engine to stop, and finds the row no longer running */
     }
     else if (kne_spi(&exists, KNE_WRITE, &value, NULL) == 0)
         kne_no_such_edit(edit_id);
     kne_spi_finish();
-    PG_RETURN_BOOL(done);
+    PG_RETURN_BOOL(n > 0);
 }
 
 Datum
@@ -479,8 +501,8 @@ kne_cancel(PG_FUNCTION_ARGS)
     return kne_as_owner(fcinfo, cancel_body);
 }
 
-static Datum
-retry_body(PG_FUNCTION_ARGS)
+static void
+retry_one(int64 edit_id)
 {
     static KnePlan newer = {
         "SELECT edit_id FROM kne.edit_request WHERE model_id = $2 AND subject = $3 AND relation = $4"
@@ -494,7 +516,6 @@ retry_body(PG_FUNCTION_ARGS)
         " WHERE edit_id = $1",
         3,
         {INT8OID, UUIDOID, OIDOID}};
-    int64 edit_id = edit_id_arg(fcinfo);
     Request r;
     Datum values[4];
 
@@ -518,6 +539,21 @@ retry_body(PG_FUNCTION_ARGS)
     values[2] = ObjectIdGetDatum(MyDatabaseId);
     kne_spi(&again, KNE_WRITE, values, NULL);
     kne_event_user(edit_id, "requested", "retry_after", r.state);
+    kne_spi_finish();
+}
+
+static Datum
+retry_body(PG_FUNCTION_ARGS)
+{
+    static KnePlan unit = {"SELECT edit_id FROM (" UNIT_OF ") u (edit_id) ORDER BY 1", 1, {INT8OID}};
+    int64 edit_id = edit_id_arg(fcinfo), *ids;
+    Datum value = Int64GetDatum(edit_id);
+    uint64 n;
+
+    kne_spi_connect();
+    ids = rows_of(kne_spi(&unit, KNE_WRITE, &value, NULL), &n);
+    for (uint64 i = 0; i < n; i++)
+        retry_one(ids[i]);
     kne_spi_finish();
     kne_warn_if_idle();
     kne_wake_at_commit();

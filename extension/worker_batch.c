@@ -20,6 +20,7 @@
 
 #define MAX_FAULTS 32 /* models that wait because of a fault of theirs */
 #define FAULT_DELAY_MAX 300
+#define MAX_PASSED 16 /* units of which something is locked, in one claim */
 #define LOOK_MS 150 /* at least so long between two looks for cancelled edits */
 
 typedef struct Fault
@@ -137,52 +138,81 @@ kne_batch_waiting_models(void)
 KneBatch *
 kne_batch_claim(void)
 {
+/* An older request of the fact that is not finished. */
+#define HELD_BACK(r) \
+    "EXISTS (SELECT FROM kne.edit_request o WHERE o.model_id = " r ".model_id AND o.subject = " r ".subject" \
+    " AND o.relation = " r ".relation AND o.edit_id < " r ".edit_id AND o.state IN ('pending', 'running')" \
+    " AND o.origin = " r ".origin AND o.origin_database = " r ".origin_database)"
+/* A unit is ready when each of its edits is. */
 #define READY \
     " FROM kne.edit_request r WHERE r.state = 'pending' AND " KNE_OWN \
-    " AND (r.not_before IS NULL OR r.not_before <= clock_timestamp())" \
-    " AND NOT EXISTS (SELECT FROM kne.edit_request o WHERE o.model_id = r.model_id AND o.subject = r.subject" \
-    " AND o.relation = r.relation AND o.edit_id < r.edit_id AND o.state IN ('pending', 'running')" \
-    " AND o.origin = r.origin AND o.origin_database = r.origin_database)"
+    " AND (r.not_before IS NULL OR r.not_before <= clock_timestamp()) AND NOT " HELD_BACK("r") \
+    " AND (r.unit IS NULL OR NOT EXISTS (SELECT FROM kne.edit_request u WHERE u.unit = r.unit" \
+    " AND (u.state = 'running' OR u.state = 'pending' AND " HELD_BACK("u") ")))"
     /* The oldest of each model, for that is what there is an index for; of these the oldest. */
     static const char first[] =
-        "SELECT q.edit_id, q.model_id, q.deaths, q.options FROM kne.model m CROSS JOIN LATERAL"
-        " (SELECT r.edit_id, r.model_id, r.deaths, r.options::text AS options" READY
-        " AND r.model_id = m.model_id ORDER BY r.edit_id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) q"
+        "SELECT q.edit_id, q.model_id, q.deaths, q.options, q.unit FROM kne.model m CROSS JOIN LATERAL"
+        " (SELECT r.edit_id, r.model_id, r.deaths, r.options::text AS options, r.unit" READY
+        " AND r.model_id = m.model_id AND (r.unit IS NULL OR r.unit <> ALL ($2))"
+        " ORDER BY r.edit_id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) q"
         " WHERE m.model_id <> ALL ($1) ORDER BY q.edit_id LIMIT 1";
     static const char more[] =
         "SELECT r.edit_id, r.subject, r.relation, r.object, r.attempts, r.deaths" READY
         " AND r.model_id = $1 AND r.options IS NOT DISTINCT FROM $2::jsonb AND r.edit_id >= $3"
-        " AND (r.deaths < $5 OR r.edit_id = $3) ORDER BY r.edit_id LIMIT $4 FOR NO KEY UPDATE OF r SKIP LOCKED";
+        " AND (r.deaths < $5 OR r.edit_id = $3 OR $6 > 0) AND coalesce(r.unit, 0) = $6"
+        " ORDER BY r.edit_id LIMIT $4 FOR NO KEY UPDATE OF r SKIP LOCKED";
+    static const char whole[] = "SELECT count(*) FROM kne.edit_request WHERE unit = $1 AND state = 'pending'";
     static const char take[] =
         "UPDATE kne.edit_request SET state = 'running', started_at = clock_timestamp(), finished_at = NULL,"
         " not_before = NULL WHERE edit_id = ANY ($1)";
-    static const Oid first_types[] = {INT4ARRAYOID};
-    static const Oid more_types[] = {INT4OID, TEXTOID, INT8OID, INT8OID, INT4OID};
+    static const Oid first_types[] = {INT4ARRAYOID, INT8ARRAYOID};
+    static const Oid more_types[] = {INT4OID, TEXTOID, INT8OID, INT8OID, INT4OID, INT8OID};
+    static const Oid whole_types[] = {INT8OID};
     static const Oid take_types[] = {INT8ARRAYOID};
     MemoryContext caller = CurrentMemoryContext, mcxt;
     KneBatch     *batch;
-    Datum         values[5];
-    char          nulls[] = "     ";
+    Datum         values[6];
+    char          nulls[] = "      ";
     uint64        n, i;
-    int64         oldest;
+    int64         oldest, unit, passed[MAX_PASSED];
     int32         model_id, deaths;
+    int           n_passed = 0;
     char         *options;
 
+again:
     values[0] = kne_batch_waiting_models();
-    if (kne_sql(first, 1, first_types, values, NULL) == 0)
+    values[1] = kne_int8_array(passed, n_passed);
+    if (kne_sql(first, 2, first_types, values, NULL) == 0)
         return NULL;
     oldest = kne_sql_int8(0, 1);
     model_id = (int32) kne_sql_int8(0, 2);
     deaths = (int32) kne_sql_int8(0, 3);
     options = kne_sql_text(0, 4);
+    unit = kne_sql_int8(0, 5);
 
     values[0] = Int32GetDatum(model_id);
     values[1] = options ? CStringGetTextDatum(options) : (Datum) 0;
     nulls[1] = options ? ' ' : 'n';
     values[2] = Int64GetDatum(oldest);
-    values[3] = Int64GetDatum(deaths >= KNE_DEATHS_ALONE ? 1 : Min(kne_batch_size, batch_limit));
+    values[3] = Int64GetDatum(unit ? PG_INT32_MAX : deaths >= KNE_DEATHS_ALONE ? 1 : Min(kne_batch_size, batch_limit));
     values[4] = Int32GetDatum(KNE_DEATHS_ALONE);
-    n = kne_sql(more, 5, more_types, values, nulls);
+    values[5] = Int64GetDatum(unit);
+    n = kne_sql(more, 6, more_types, values, nulls);
+    if (unit)
+    {
+        values[0] = Int64GetDatum(unit);
+        kne_sql(whole, 1, whole_types, values, NULL);
+        if ((uint64) kne_sql_int8(0, 1) != n)
+        {
+            /* One of it is locked, so the unit is passed by. */
+            if (n_passed == MAX_PASSED)
+                return NULL;
+            passed[n_passed++] = unit;
+            goto again;
+        }
+        values[0] = Int32GetDatum(model_id);
+        n = kne_sql(more, 6, more_types, values, nulls);
+    }
     if (n == 0)
         return NULL;
 
@@ -192,6 +222,7 @@ kne_batch_claim(void)
     batch->mcxt = mcxt;
     batch->model_id = model_id;
     batch->options = options ? pstrdup(options) : NULL;
+    batch->unit = unit;
     batch->n = batch->open = (int) n;
     batch->job = palloc0(sizeof(KneJob) * n);
     batch->edit_id = palloc(sizeof(int64) * n);
@@ -401,7 +432,7 @@ judge(KneBatch *batch, const ErrorData *e)
 
                 job->death = true;
                 job->delay = kne_death_delay(job->deaths + 1);
-                if (batch->n == 1 && job->deaths >= KNE_DEATHS_ALONE)
+                if ((batch->n == 1 || batch->unit) && job->deaths >= KNE_DEATHS_ALONE)
                     job->verdict = KNE_FAIL; /* it was alone, again */
             }
             break;
@@ -434,7 +465,7 @@ judge(KneBatch *batch, const ErrorData *e)
             break;
 
         default:
-            if (batch->n > 1)
+            if (batch->n > 1 && !batch->unit)
             {
                 /* Too much at once, or one of them is to blame: find out with less. */
                 bool size = e->sqlerrcode == ERRCODE_OUT_OF_MEMORY || e->sqlerrcode == ERRCODE_PROGRAM_LIMIT_EXCEEDED;
@@ -444,7 +475,8 @@ judge(KneBatch *batch, const ErrorData *e)
                 break;
             }
             every_job(batch, KNE_FAIL, error, 5.0 * (1 << Min(batch->job[0].attempts, 6)));
-            batch->job[0].final = e->sqlerrcode != ERRCODE_OUT_OF_MEMORY && e->sqlerrcode != ERRCODE_SYSTEM_ERROR;
+            for (i = 0; i < batch->n; i++)
+                batch->job[i].final = e->sqlerrcode != ERRCODE_OUT_OF_MEMORY && e->sqlerrcode != ERRCODE_SYSTEM_ERROR;
             break;
     }
     if (e->sqlerrcode != ERRCODE_QUERY_CANCELED)

@@ -486,10 +486,12 @@ write_job(KneBatch *batch, KneJob *job)
     if (job->verdict == KNE_APPLY && applied > job->spec.edit_id)
     {
         /* It was queued again while the newer one was on its way. */
+        job->verdict = KNE_FAIL;
         job->final = true;
-        job->error = psprintf("edit " INT64_FORMAT ", which is newer, is applied to the same fact", applied);
-        fail_job(job);
-        return true;
+        job->error = MemoryContextStrdup(batch->mcxt,
+                                         psprintf("edit " INT64_FORMAT ", which is newer, is applied to the same fact", applied));
+        if (batch->unit)
+            return false; /* with those of its unit, in the next round */
     }
     switch (job->verdict)
     {
@@ -510,21 +512,58 @@ write_job(KneBatch *batch, KneJob *job)
     return true;
 }
 
-/* Record one verdict in its own transaction. True: nothing is left to write. */
+/* Of a unit: what one cannot have none has. */
+static void
+settle_unit(KneBatch *batch)
+{
+    const KneJob *worst = NULL;
+    char         *error;
+    int           i;
+
+    for (i = 0; i < batch->n; i++)
+    {
+        const KneJob *job = &batch->job[i];
+
+        if (job->verdict == KNE_FAIL && (!worst || worst->verdict != KNE_FAIL))
+            worst = job;
+        else if (job->verdict == KNE_REQUEUE && !worst)
+            worst = job;
+    }
+    if (!worst)
+        return;
+    error = worst->error;
+    if (worst->verdict == KNE_FAIL)
+        error = psprintf("edit " INT64_FORMAT " of its unit failed: %s", worst->spec.edit_id, error);
+    for (i = 0; i < batch->n; i++)
+    {
+        KneJob *job = &batch->job[i];
+
+        if (job->verdict == worst->verdict)
+            continue;
+        job->verdict = worst->verdict;
+        job->error = error;
+        job->final = worst->final;
+        job->delay = worst->delay;
+    }
+}
+
+/* Record one verdict, or those of a unit, in a transaction of their own. True: nothing is left to write. */
 static bool
-record_job(KneBatch *batch, KneJob *job)
+record_jobs(KneBatch *batch, KneJob *job, int n)
 {
     MemoryContext caller = CurrentMemoryContext;
     MemoryContext scratch = AllocSetContextCreate(caller, "kne record", ALLOCSET_DEFAULT_SIZES);
     volatile bool done = false;
+    int           i;
 
     MemoryContextSwitchTo(scratch);
     PG_TRY();
     {
-        bool written;
+        bool written = true;
 
         kne_begin();
-        written = write_job(batch, job);
+        for (i = 0; i < n && written; i++)
+            written = write_job(batch, &job[i]);
         if (written)
             kne_commit();
         else
@@ -539,7 +578,8 @@ record_job(KneBatch *batch, KneJob *job)
         e = CopyErrorData();
         FlushErrorState();
         kne_abort(scratch);
-        job->applied = false;
+        for (i = 0; i < n; i++)
+            job[i].applied = false;
         if (e->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE || e->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED ||
             e->sqlerrcode == ERRCODE_QUERY_CANCELED)
             ; /* again, later */
@@ -550,15 +590,17 @@ record_job(KneBatch *batch, KneJob *job)
             ereport(LOG,
                     (errmsg("kne could not record edit " INT64_FORMAT ": %s", job->spec.edit_id, e->message),
                      e->detail ? errdetail_internal("%s", e->detail) : 0));
-            if (job->verdict == KNE_APPLY)
+            for (i = 0; i < n; i++)
             {
+                if (job[i].verdict != KNE_APPLY)
+                    continue;
                 /* A full disk may have room again; anything else will not go away by itself. */
                 bool resources = class == ERRCODE_INSUFFICIENT_RESOURCES || class == ERRCODE_OPERATOR_INTERVENTION;
 
-                job->verdict = resources ? KNE_REQUEUE : KNE_FAIL;
-                job->final = !resources;
-                job->delay = 30;
-                job->error = MemoryContextStrdup(batch->mcxt, psprintf("could not be recorded: %s", e->message));
+                job[i].verdict = resources ? KNE_REQUEUE : KNE_FAIL;
+                job[i].final = !resources;
+                job[i].delay = 30;
+                job[i].error = MemoryContextStrdup(batch->mcxt, psprintf("could not be recorded: %s", e->message));
             }
         }
     }
@@ -635,17 +677,21 @@ void
 kne_record(KneBatch *batch)
 {
     MemoryContext old = MemoryContextSwitchTo(batch->mcxt);
-    int           i;
+    int           i, k, n;
 
-    for (i = 0; i < batch->n && !batch->consolidation; i++)
+    if (batch->unit)
+        settle_unit(batch);
+    for (i = 0; i < batch->n && !batch->consolidation; i += n)
     {
         KneJob *job = &batch->job[i];
 
+        n = batch->unit ? batch->n : 1;
         if (job->verdict == KNE_DONE)
             continue;
         CHECK_FOR_INTERRUPTS();
-        if (record_job(batch, job))
-            job->verdict = KNE_DONE;
+        if (record_jobs(batch, job, n))
+            for (k = 0; k < n; k++)
+                job[k].verdict = KNE_DONE;
     }
     if (batch->consolidation)
         kne_consolidation_record(batch);
