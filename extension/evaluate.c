@@ -410,25 +410,19 @@ kne_evaluate(PG_FUNCTION_ARGS)
 Datum
 kne_health(PG_FUNCTION_ARGS)
 {
-    static KnePlan plan = {"SELECT text FROM kne.health_text ORDER BY text_id"};
     KneView *view = kne_view_args(fcinfo, 0, 1);
     KneReply reply;
     kne_wbuf w;
     double logp = 0, tokens = 0;
-    uint64 n;
+    int n;
 
     begin(&w, view);
-    kne_spi_connect();
-    n = kne_spi(&plan, KNE_READ, NULL, NULL);
-    kne_put_u32(&w, (uint32) n);
-    for (uint64 i = 0; i < n; i++)
-        kne_put_text(&w, kne_spi_text(i, 1, CurrentMemoryContext));
-    kne_spi_finish();
+    n = kne_put_health_texts(&w);
     if (n == 0)
         PG_RETURN_NULL();
     kne_call_view(view, KNE_MSG_TEXTS, &w, NULL, NULL, &reply);
     expect(&reply, (uint32) n, 8 + 4);
-    for (uint64 i = 0; i < n && !reply.body.bad; i++)
+    for (int i = 0; i < n && !reply.body.bad; i++)
     {
         logp += kne_get_f64(&reply.body);
         tokens += kne_get_i32(&reply.body);

@@ -378,6 +378,57 @@ CREATE FUNCTION kne_evaluate(edit_id bigint)
     LANGUAGE c VOLATILE PARALLEL UNSAFE COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 12
     AS 'MODULE_PATHNAME', 'kne_evaluate';
 
+-- A picture of an ensemble, from its rows: layers across, neurons down, the colour of the object's token that a neuron does most for.
+CREATE FUNCTION kne_ensemble_svg(edit_id bigint, generation integer DEFAULT NULL)
+    RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $svg$
+WITH about AS (
+    SELECT m.n_layers, m.d_ff, s.generation, s.n_neurons, 64 AS x0, 56 AS y0, greatest(14, least(44, 1200 / m.n_layers)) AS w, 420 AS h,
+           pg_catalog.replace(pg_catalog.replace(pg_catalog.replace(
+               pg_catalog.format('%s, %s: %s', r.subject, r.relation, r.object), '&', '&amp;'), '<', '&lt;'), '>', '&gt;') AS fact
+    FROM kne.edit_request r JOIN kne.model m ON m.model_id = r.model_id JOIN kne.solution s ON s.edit_id = r.edit_id
+    WHERE r.edit_id = $1 AND s.generation = coalesce($2, (SELECT pg_catalog.max(l.generation) FROM kne.solution l WHERE l.edit_id = $1))),
+neuron AS (
+    SELECT e.layer, e.neuron, e.score, pg_catalog.abs(e.score) / nullif(pg_catalog.max(pg_catalog.abs(e.score)) OVER (), 0) AS strength,
+           coalesce((SELECT n FROM pg_catalog.unnest(e.token_scores) WITH ORDINALITY t (v, n) ORDER BY pg_catalog.abs(v) DESC, n LIMIT 1), 1) AS token,
+           pg_catalog.cardinality(e.token_scores) AS tokens
+    FROM kne.ensemble e JOIN about a ON e.generation = a.generation WHERE e.edit_id = $1),
+colour AS (
+    SELECT n AS token, ('{#0072b2,#d55e00,#009e73,#cc79a7,#e69f00,#56b4e9,#7f7f7f,#000000}'::text[])[1 + (n - 1) % 8] AS fill
+    FROM pg_catalog.generate_series(1, (SELECT greatest(pg_catalog.max(tokens), 1) FROM neuron)) n),
+part (n, svg) AS (
+    SELECT 1, pg_catalog.format('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %1$s %2$s" width="%1$s" height="%2$s"'
+               || ' font-family="sans-serif" font-size="11"><rect width="100%%" height="100%%" fill="#fff"/>'
+               || '<text x="%3$s" y="20" font-size="14">%4$s</text><text x="%3$s" y="38" fill="#555">edit %5$s, generation %6$s: %7$s of %8$s'
+               || ' neurons; the darker, the higher its score</text>',
+               greatest(x0 + n_layers * w + 20, 520), y0 + h + 64, x0, fact, $1, generation, n_neurons, n_layers::bigint * d_ff)
+    FROM about
+    UNION ALL
+    SELECT 2, pg_catalog.format('<rect x="%s" y="%s" width="%s" height="%s" fill="#f4f4f4"/><text x="%s" y="%s" text-anchor="middle">%s</text>',
+               x0 + l * w + 1, y0, w - 2, h, x0 + l * w + w / 2, y0 + h + 14, l)
+    FROM about, pg_catalog.generate_series(0, n_layers - 1) l
+    UNION ALL
+    SELECT 3, pg_catalog.format('<text x="%s" y="%s" text-anchor="end" fill="#555">%s</text>', x0 - 6, y0 + h * q / 4 + 4, (d_ff - 1)::bigint * q / 4)
+    FROM about, pg_catalog.generate_series(0, 4) q
+    UNION ALL
+    SELECT 4, pg_catalog.format('<text x="%s" y="%s" text-anchor="middle" fill="#555">layer</text><text x="14" y="%s" text-anchor="middle"'
+               || ' fill="#555" transform="rotate(-90 14 %3$s)">neuron</text>', x0 + n_layers * w / 2, y0 + h + 30, y0 + h / 2)
+    FROM about
+    UNION ALL
+    SELECT 5, pg_catalog.format('<rect x="%s" y="%s" width="%s" height="2.5" fill="%s" fill-opacity="%s"><title>layer %s, neuron %s, score %s</title></rect>',
+               x0 + layer * w + 1, pg_catalog.round(y0 + (h - 2.5) * neuron / d_ff, 1), w - 2, fill,
+               pg_catalog.round((0.25 + 0.75 * coalesce(strength, 1))::numeric, 2), layer, neuron, score)
+    FROM (SELECT * FROM neuron ORDER BY strength) n JOIN colour USING (token), about
+    UNION ALL
+    SELECT 6, pg_catalog.format('<rect x="%s" y="%s" width="12" height="12" fill="%s"/><text x="%s" y="%s">token %s</text>',
+               x0 + (token - 1) * 76, y0 + h + 42, fill, x0 + (token - 1) * 76 + 17, y0 + h + 52, token)
+    FROM colour, about
+    UNION ALL
+    SELECT 7, '</svg>' FROM about)
+SELECT pg_catalog.string_agg(svg, E'\n' ORDER BY n) FROM part
+$svg$;
+
 -- Live state.
 CREATE FUNCTION kne_status()
     RETURNS TABLE (worker text, pid integer, database name, state text, device text, device_note text, models text[], private_bytes bigint,
@@ -481,6 +532,7 @@ REVOKE ALL ON FUNCTION
     kne_health(text, timestamptz),
     kne_evaluate(bigint),
     kne_load_suite(jsonb, text, jsonb, integer, integer),
+    kne_ensemble_svg(bigint, integer),
     kne_status(),
     kne.stat_workers(),
     kne.request_before(),
@@ -542,6 +594,7 @@ COMMENT ON FUNCTION kne_export(text, text, text, timestamptz) IS 'Write the edit
 COMMENT ON FUNCTION kne_health(text, timestamptz) IS 'Perplexity of a model over the texts of kne.health_text; NULL without any.';
 COMMENT ON FUNCTION kne_evaluate(bigint) IS 'Measure an edit by its probes, in the model as the caller sees it; kept in kne.evaluation.';
 COMMENT ON FUNCTION kne_load_suite(jsonb, text, jsonb, integer, integer) IS 'Queue the edits of CounterFact, zsRE, KnowEdit or plain records, with their probes; returns their ids.';
+COMMENT ON FUNCTION kne_ensemble_svg(bigint, integer) IS 'A picture of the neurons that an edit moved, as SVG; NULL without a solution.';
 COMMENT ON FUNCTION kne_status() IS 'One row a process of kne: the engine, the launcher, each editing worker.';
 COMMENT ON FUNCTION kne.stat_workers() IS 'What the editing workers of the server are doing; kne.stat_worker and kne.stat_progress show it.';
 COMMENT ON FUNCTION kne.request_before() IS 'Check a new request and fill in what the user left out.';

@@ -185,6 +185,11 @@ extern void kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_
 /* What the profiles alone make of a model's options, as JSON text; NULL: no more than the defaults. See kne_options_resolve. (profile.c) */
 extern char *kne_options_resolved(int32 model_id, const char *fallback);
 
+/* Append the texts of kne.health_text: n * str; returns n. */
+extern int kne_put_health_texts(kne_wbuf *w);
+/* Edits with these options (JSON text or NULL) run one by one. */
+extern bool kne_options_guarded(const char *options_json);
+
 /* ---- states of edits (state.c): all SPI, in the caller's transaction ---- */
 extern void kne_event(int64 edit_id, const char *event, const char *detail_json);
 

@@ -16,6 +16,7 @@
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
 
 /* With fewer than this many known facts the general list joins them. */
 #define FEW_FACTS 64
@@ -267,6 +268,21 @@ without_profile(const char *options_json)
     return DatumGetCString(DirectFunctionCall1(jsonb_out, options));
 }
 
+int
+kne_put_health_texts(kne_wbuf *w)
+{
+    static KnePlan plan = {"SELECT text FROM kne.health_text ORDER BY text_id"};
+    uint64 n;
+
+    kne_spi_connect();
+    n = kne_spi(&plan, KNE_READ, NULL, NULL);
+    kne_put_u32(w, (uint32) n);
+    for (uint64 i = 0; i < n; i++)
+        kne_put_text(w, kne_spi_text(i, 1, CurrentMemoryContext));
+    kne_spi_finish();
+    return (int) n;
+}
+
 void
 kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_edits,
                   const KneEditSpec *edit)
@@ -318,6 +334,21 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
         for (int k = 0; k < n; k++)
             kne_put_i32(w, anchor[k]);
     }
+    if (options.max_damage > 0)
+        kne_put_health_texts(w);
     MemoryContextSwitchTo(old);
     MemoryContextDelete(mcxt);
+}
+
+/* Measured one by one: it must be known whose damage it is. Options of another version are for others to refuse. */
+bool
+kne_options_guarded(const char *options_json)
+{
+    JsonbValue *v = NULL;
+
+    if (options_json)
+        v = getKeyJsonValueFromContainer(&DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(options_json)))->root,
+                                         "max_damage", strlen("max_damage"), NULL);
+    return v && v->type == jbvNumeric &&
+           strtod(DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(v->val.numeric))), NULL) > 0;
 }

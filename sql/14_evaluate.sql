@@ -51,7 +51,17 @@ SELECT kne_health() AS now, kne_health(as_of => (SELECT min(valid_from) - interv
 SELECT :now > 1 AS now, abs(:now / :before - 1) < 0.5 AS not_far;
 SELECT abs(ln(:now) + sum(logp) / sum(n)) < 1e-6 AS is_perplexity FROM (
     SELECT kne_logprob('', text) AS logp, cardinality(kne_tokenize(text)) - 1 AS n FROM kne.health_text) t;
+-- the guard: an edit that does more damage than it may fails, whatever runs beside it
+SELECT kne_edit('Chile', 'capital', 'Rome', options => '{"max_damage": 1000}') AS harmless \gset
+SELECT kne_edit('Peru', 'capital', 'Rome', options => '{"max_damage": 0.5}') AS harmful \gset
+SELECT kne_wait(:harmless), kne_wait(:harmful);
+SELECT error LIKE 'perplexity over the health texts would rise from % to %, by a factor of %: max_damage is 0.5' AS why FROM kne.edit_request WHERE edit_id = :harmful;
+SELECT count(*) AS kept FROM kne.solution WHERE edit_id = :harmful;
+SELECT kne_revert(:harmless);
 DELETE FROM kne.health_text;
+SELECT kne_edit('Chile', 'capital', 'Rome', options => '{"max_damage": 1.05}') AS blind \gset
+SELECT kne_wait(:blind);
+SELECT error FROM kne.edit_request WHERE edit_id = :blind;
 SELECT kne_revert(:e);
 DROP TABLE figures;
 DROP FUNCTION figure;

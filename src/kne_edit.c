@@ -228,14 +228,70 @@ look_after(batch *b, const kne_view *view, kne_err *err)
         e->out->p_after = exp(logp[i]);
         /* what is said must be so once it is committed */
         if (e->out->outcome == KNE_OUTCOME_HOLDS && !right[i])
+        {
+            e->out->undone = true;
             kne_edit_end(e, KNE_OUTCOME_FAILED, "the model answered this already, but no longer does "
                          "with the edits that ran with it");
+        }
     }
     free(fact);
     free(who);
     free(logp);
     free(right);
     return st;
+}
+
+static kne_status
+perplexity(batch *b, const kne_view *view, double *out, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    double             *logp = malloc((size_t) job->n_texts * sizeof *logp + 1), sum = 0, n = 0;
+    int32_t            *tokens = malloc((size_t) job->n_texts * sizeof *tokens + 1);
+    kne_status          st = logp && tokens ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    if (st == KNE_OK)
+        st = kne_score_texts(job->model, job->backend, view, job->text, job->n_texts, logp, tokens, job->calls.yield,
+                             job->calls.ctx, err);
+    for (int32_t i = 0; i < job->n_texts && st == KNE_OK; i++)
+    {
+        sum += logp[i];
+        n += tokens[i];
+    }
+    *out = n > 0 ? exp(-sum / n) : 0;
+    free(logp);
+    free(tokens);
+    return st;
+}
+
+/* What the batch does to texts that it is not about. Too much: it fails, all of it. */
+static kne_status
+check_damage(batch *b, const kne_view *after_view, kne_err *err)
+{
+    double before, after;
+
+    if (b->opt.max_damage == 0)
+        return KNE_OK;
+    KNE_TRY(perplexity(b, b->job->view, &before, err));
+    KNE_TRY(perplexity(b, after_view, &after, err));
+    if (before > 0 && after <= before * b->opt.max_damage)
+        return KNE_OK;
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+    {
+        kne_edit_outcome *o = b->edit[i].out;
+
+        if (!o->delta)
+            continue;
+        kne_delta_release(o->delta);
+        o->delta = NULL;
+        if (before > 0)
+            kne_edit_end(&b->edit[i], KNE_OUTCOME_FAILED,
+                         "perplexity over the health texts would rise from %.5g to %.5g, by a factor of %.4g: max_damage is %g",
+                         before, after, after / before, b->opt.max_damage);
+        else
+            kne_edit_end(&b->edit[i], KNE_OUTCOME_FAILED, "max_damage is set, but kne.health_text holds no text to measure it by");
+    }
+    b->result->n_disturbed = 0;
+    return KNE_OK;
 }
 
 static kne_status
@@ -271,8 +327,8 @@ provenance(batch *b, kne_err *err)
     return KNE_OK;
 }
 
-kne_status
-kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
+static kne_status
+run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
 {
     batch      b;
     kne_view  *after = NULL;
@@ -298,6 +354,8 @@ kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
     if (st == KNE_OK)
         st = look_after(&b, after, err);
     if (st == KNE_OK)
+        st = check_damage(&b, after, err);
+    if (st == KNE_OK)
         st = provenance(&b, err);
     kne_view_free(after);
     if (b.result)
@@ -306,6 +364,33 @@ kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
         b.result->optimise_seconds = kne_now() - t1;
     }
     end(&b, st, out);
+    return st;
+}
+
+/* Facts that held until the rest of the batch came are solved with it, once more from the start. */
+kne_status
+kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
+{
+    kne_edit_job   again = *job;
+    kne_edit_spec *spec;
+    int32_t        undone = 0;
+
+    KNE_TRY(run(job, out, err));
+    for (int32_t i = 0; i < job->n_edits; i++)
+        undone += (*out)->edit[i].undone;
+    if (!undone)
+        return KNE_OK;
+    spec = malloc((size_t) job->n_edits * sizeof *spec);
+    if (!spec)
+        return KNE_OK; /* without memory for another try, what there is */
+    memcpy(spec, job->edit, (size_t) job->n_edits * sizeof *spec);
+    for (int32_t i = 0; i < job->n_edits; i++)
+        spec[i].solve = (*out)->edit[i].undone;
+    again.edit = spec;
+    kne_edit_result_free(*out);
+    *out = NULL;
+    kne_status st = run(&again, out, err);
+    free(spec);
     return st;
 }
 

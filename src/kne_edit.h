@@ -28,6 +28,7 @@ typedef struct kne_edit_spec
     int32_t        n_prompts; /* >= 1; [0] is the prompt edited on, the others train with it */
     const kne_text *prompt;
     kne_text       object;
+    bool           solve;     /* even if it holds already */
     int32_t        n_anchors;
     const int32_t *anchor;    /* indices into known, nearest first */
 } kne_edit_spec;
@@ -54,6 +55,8 @@ typedef struct kne_edit_job
     const kne_known   *known;
     int32_t            n_edits;
     const kne_edit_spec *edit;
+    int32_t            n_texts;
+    const kne_text    *text;    /* for the option max_damage */
     kne_job_calls      calls;
     struct kne_ref_cache *cache; /* contrast and activations of known facts, kept between jobs; may be NULL */
 } kne_edit_job;
@@ -69,6 +72,7 @@ typedef struct kne_edit_outcome
 {
     int64_t           edit_id;
     int               outcome;  /* enum kne_outcome */
+    bool              undone;   /* failed: it held already, but not with the others of the batch */
     char              message[512];
     char             *answer_before; /* what the model said: greedy, see kne_protocol.h */
     int32_t           steps, n_tokens;
@@ -119,5 +123,12 @@ kne_status kne_tokenize_fact(const kne_model *m, kne_text prompt, kne_text objec
 kne_status kne_score_facts(const kne_model *m, kne_backend *be, const kne_view *view, const kne_text *prompt,
                            const kne_text *object, int32_t n, double *logp, uint8_t *right,
                            int (*yield)(void *), void *yield_ctx, kne_err *err);
+
+/*
+ * Log-probability of n texts, each given its first token: logp[i], over tokens[i] tokens. What is over the context is cut off; a
+ * text without a second token counts nothing.
+ */
+kne_status kne_score_texts(const kne_model *m, kne_backend *be, const kne_view *view, const kne_text *text, int32_t n,
+                           double *logp, int32_t *tokens, int (*yield)(void *), void *yield_ctx, kne_err *err);
 
 #endif

@@ -177,7 +177,7 @@ look_before(batch *b, kne_err *err)
 
         e->out->p_before = e->out->p_after = exp(logp[i]);
         e->out->n_tokens = e->prompt[0].n - e->prompt[0].n_prompt;
-        if (right[i] && !b->locate_only)
+        if (right[i] && !b->locate_only && !e->spec->solve)
             kne_edit_end(e, KNE_OUTCOME_HOLDS, "the model answers this already");
     }
     free(fact);

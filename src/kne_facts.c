@@ -200,3 +200,38 @@ kne_score_facts(const kne_model *m, kne_backend *be, const kne_view *view, const
     free(fact);
     return st;
 }
+
+kne_status
+kne_score_texts(const kne_model *m, kne_backend *be, const kne_view *view, const kne_text *text, int32_t n,
+                double *logp, int32_t *tokens, int (*yield)(void *), void *yield_ctx, kne_err *err)
+{
+    kne_ids    *ids = calloc((size_t) n + 1, sizeof *ids);
+    kne_tokens *fact = calloc((size_t) n + 1, sizeof *fact);
+    double     *found = calloc((size_t) n + 1, sizeof *found);
+    int32_t     used = 0;
+    kne_status  st = ids && fact && found ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+    {
+        int32_t length;
+
+        st = kne_tokenizer_encode(m->tokenizer, text[i].p, text[i].len, true, &ids[i], err);
+        length = ids[i].n < m->arch.n_ctx ? ids[i].n : m->arch.n_ctx;
+        for (int32_t k = 0; k < length && st == KNE_OK; k++)
+            if (ids[i].id[k] < 0 || ids[i].id[k] >= m->arch.vocab_size)
+                st = kne_error(err, KNE_ERR_FORMAT, "token %d of the tokenizer has no row in the model", ids[i].id[k]);
+        tokens[i] = length > 1 ? length - 1 : 0;
+        if (tokens[i])
+            fact[used++] = (kne_tokens) {ids[i].id, length, 1};
+    }
+    if (st == KNE_OK)
+        st = kne_score_tokens(m, be, view, fact, used, found, NULL, NULL, yield, yield_ctx, err);
+    for (int32_t i = 0, at = 0; i < n && st == KNE_OK; i++)
+        logp[i] = tokens[i] ? found[at++] : 0;
+    for (int32_t i = 0; ids && i < n; i++)
+        kne_ids_free(&ids[i]);
+    free(ids);
+    free(fact);
+    free(found);
+    return st;
+}

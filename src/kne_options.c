@@ -37,6 +37,7 @@ const kne_option kne_option_table[] = {
     {"anchors", KNE_OPT_INT, AT(anchors), 8, 0, 4096, NULL, "Most anchor facts of an edit."},
     {"protect", KNE_OPT_INT, AT(protect), 512, 0, 65536, NULL, "Most known facts behind the metric of the protected step."},
     {"phrasings", KNE_OPT_INT, AT(phrasings), 2, 0, 64, NULL, "Paraphrases of the relation that train with its prompt."},
+    {"max_damage", KNE_OPT_REAL, AT(max_damage), 0, 0, 1000000, NULL, "Most factor by which perplexity over kne.health_text may rise; 0 does not look."},
     {"seed", KNE_OPT_REAL, AT(seed), 0, 0, 9007199254740991.0, NULL, "Seed of every sample."},
 };
 const int kne_option_count = sizeof kne_option_table / sizeof kne_option_table[0];

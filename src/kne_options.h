@@ -38,6 +38,7 @@ typedef struct kne_options
     int anchors;         /* most anchors of an edit */
     int protect;         /* most facts in C */
     int phrasings;       /* of the relation's paraphrases, how many train with the prompt */
+    double max_damage;   /* most factor on the perplexity of the health texts; 0: not looked at */
     double seed;         /* whole number below 2^53 */
 } kne_options;
 

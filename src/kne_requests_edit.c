@@ -22,6 +22,7 @@ typedef struct parsed
     kne_edit_spec *edit;
     kne_text      *prompts; /* of all edits, one after the other */
     int32_t       *anchors;
+    kne_text      *texts;
 } parsed;
 
 static void
@@ -31,6 +32,7 @@ free_parsed(parsed *p)
     free(p->edit);
     free(p->prompts);
     free(p->anchors);
+    free(p->texts);
 }
 
 static kne_status
@@ -67,6 +69,16 @@ parse_edits(kne_call *c, parsed *p, kne_err *err)
         }
         if (e->n_prompts < 1)
             c->in.bad = true;
+    }
+    if (p->job.options.max_damage > 0)
+    {
+        p->job.n_texts = (int32_t) kne_get_count(&c->in, 4);
+        p->texts = malloc((size_t) p->job.n_texts * sizeof *p->texts + 1);
+        if (!p->texts)
+            return kne_error(err, KNE_ERR_NOMEM, "out of memory");
+        for (int32_t i = 0; i < p->job.n_texts; i++)
+            p->texts[i] = kne_get_span(&c->in);
+        p->job.text = p->texts;
     }
     if (!kne_get_done(&c->in) || n == 0)
         return kne_malformed(c, err);
@@ -138,8 +150,9 @@ parse_job(kne_call *c, parsed *p, kne_err *err)
     }
     p->job.n_known = (int32_t) n;
     p->job.known = p->known;
+    if (!c->in.bad)
+        KNE_TRY(kne_options_parse(&p->job.options, options.p, options.len, err));
     KNE_TRY(parse_edits(c, p, err));
-    KNE_TRY(kne_options_parse(&p->job.options, options.p, options.len, err));
     if (!c->loaded->ref_cache)
         KNE_TRY(kne_ref_cache_new(&c->loaded->ref_cache, err));
     p->job.model = c->loaded->model;

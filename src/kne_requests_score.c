@@ -116,53 +116,31 @@ kne_handle_generate(kne_call *c, kne_err *err)
     return st;
 }
 
-/* A text as a fact whose prompt is its first token; what is over the context is cut off. */
-static kne_status
-text_tokens(const kne_model *m, kne_text text, kne_ids *ids, kne_tokens *fact, kne_err *err)
-{
-    KNE_TRY(kne_tokenizer_encode(m->tokenizer, text.p, text.len, true, ids, err));
-    fact->id = ids->id;
-    fact->n = ids->n < m->arch.n_ctx ? ids->n : m->arch.n_ctx;
-    fact->n_prompt = 1;
-    for (int32_t k = 0; k < fact->n; k++)
-        if (ids->id[k] < 0 || ids->id[k] >= m->arch.vocab_size)
-            return kne_error(err, KNE_ERR_FORMAT, "token %d of the tokenizer has no row in the model", ids->id[k]);
-    return KNE_OK;
-}
-
 kne_status
 kne_handle_texts(kne_call *c, kne_err *err)
 {
     uint32_t   n = kne_get_count(&c->in, 4);
-    question   q = {0};
-    int32_t    m = 0; /* texts that have a second token, packed to the front */
-    int32_t   *of = NULL;
-    kne_status st = question_new(&q, n, err);
+    kne_text  *text = malloc((size_t) n * sizeof *text + 1);
+    double    *logp = malloc((size_t) n * sizeof *logp + 1);
+    int32_t   *tokens = malloc((size_t) n * sizeof *tokens + 1);
+    kne_status st = text && logp && tokens ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
-    if (st == KNE_OK && !(of = malloc((size_t) n * sizeof *of + 1)))
-        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
-    for (uint32_t i = 0; i < n && st == KNE_OK && !c->in.bad; i++)
-    {
-        kne_text text = kne_get_span(&c->in);
-
-        if (c->in.bad)
-            break;
-        st = text_tokens(c->loaded->model, text, &q.ids[i], &q.fact[m], err);
-        of[i] = q.fact[m].n > 1 ? m++ : -1;
-    }
+    for (uint32_t i = 0; i < n && st == KNE_OK; i++)
+        text[i] = kne_get_span(&c->in);
     if (st == KNE_OK && !kne_get_done(&c->in))
         st = kne_malformed(c, err);
     if (st == KNE_OK)
-        st = kne_score_tokens(c->loaded->model, c->engine->backend, c->view, q.fact, m, q.logp, NULL, NULL, kne_serve_yield, c,
-                              err);
+        st = kne_score_texts(c->loaded->model, c->engine->backend, c->view, text, (int32_t) n, logp, tokens, kne_serve_yield, c,
+                             err);
     if (st == KNE_OK)
         kne_put_u32(&c->out, n);
     for (uint32_t i = 0; i < n && st == KNE_OK; i++)
     {
-        kne_put_f64(&c->out, of[i] < 0 ? 0 : q.logp[of[i]]);
-        kne_put_i32(&c->out, of[i] < 0 ? 0 : q.fact[of[i]].n - 1);
+        kne_put_f64(&c->out, logp[i]);
+        kne_put_i32(&c->out, tokens[i]);
     }
-    question_free(&q);
-    free(of);
+    free(text);
+    free(logp);
+    free(tokens);
     return st;
 }
