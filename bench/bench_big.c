@@ -118,11 +118,12 @@ main(int argc, char **argv)
         strcat(text, word[i % 18]);
     }
     kne_text      prompt = {text, strlen(text)};
-    kne_edit_spec spec = {1, 1, &prompt, object, 0, NULL};
+    kne_edit_spec spec = {.edit_id = 1, .n_prompts = 1, .prompt = &prompt, .object = object};
     if (kne_cpu_backend_new(threads, NULL, &be, &err) != KNE_OK || kne_options_parse(&opt, json, strlen(json), &err) != KNE_OK ||
         kne_view_new(model, be, 0, NULL, NULL, &view, &err) != KNE_OK)
         die("start", &err);
-    kne_edit_job job = {model, be, view, opt, 0, NULL, 1, &spec, {.progress = progress}, NULL};
+    kne_edit_job job = {.model = model, .backend = be, .view = view, .options = opt, .n_edits = 1, .edit = &spec,
+                        .calls = {.progress = progress}};
     t0 = kne_now();
     if (kne_edit_run(&job, &res, &err) != KNE_OK)
         die("edit", &err);

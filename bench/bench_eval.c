@@ -470,10 +470,11 @@ solve(state *s, const int *which, int n, figures *f)
         const kase *k = &edit[which[i]];
         int32_t    *anchor = take((size_t) opt.anchors, sizeof *anchor);
 
-        spec[i] = (kne_edit_spec) {which[i] + 1, k->n_prompts, k->prompt, k->object,
-                                   anchors_of(k, shown_fact, n_shown, anchor), anchor};
+        spec[i] = (kne_edit_spec) {.edit_id = which[i] + 1, .n_prompts = k->n_prompts, .prompt = k->prompt, .object = k->object,
+                                   .n_anchors = anchors_of(k, shown_fact, n_shown, anchor), .anchor = anchor};
     }
-    kne_edit_job job = {dev.model, dev.be, s->view, opt, n_shown, shown, n, spec, {0}, cache};
+    kne_edit_job job = {.model = dev.model, .backend = dev.be, .view = s->view, .options = opt, .n_known = n_shown, .known = shown,
+                        .n_edits = n, .edit = spec, .cache = cache};
 
     t0 = cpu_seconds();
     if (kne_edit_run(&job, &r, &err) != KNE_OK)

@@ -49,7 +49,7 @@ list_read(const char *path, edit_list *list)
             kne_edit_spec *e = &list->edit[list->n++];
             kne_text      *p = calloc(16, sizeof *p);
 
-            *e = (kne_edit_spec) {list->n, 0, p, list_text(object), 0, calloc(64, sizeof(int32_t))};
+            *e = (kne_edit_spec) {.edit_id = list->n, .prompt = p, .object = list_text(object), .anchor = calloc(64, sizeof(int32_t))};
             while ((prompt = strsep(&s, "\t")) && e->n_prompts < 16)
                 p[e->n_prompts++] = list_text(prompt);
         }

@@ -93,8 +93,8 @@ main(int argc, char **argv)
     {
         bool          all = i == alone;
         int           at = i < 0 ? 0 : i % list.n, n = all ? (batch < list.n ? batch : list.n) : 1;
-        kne_edit_job  job = {model, be, view, opt, list.n_known, list.known, n, &list.edit[all ? 0 : at],
-                             {.progress = progress}, cache};
+        kne_edit_job  job = {.model = model, .backend = be, .view = view, .options = opt, .n_known = list.n_known, .known = list.known,
+                             .n_edits = n, .edit = &list.edit[all ? 0 : at], .calls = {.progress = progress}, .cache = cache};
         double        t0 = kne_now(), c0 = cpu_seconds();
         int           steps = 0;
 

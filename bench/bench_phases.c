@@ -425,7 +425,8 @@ main(int argc, char **argv)
     for (int i = -1; i < (together ? 1 : n_edits); i++)
     {
         int          n = together && i >= 0 ? n_edits : 1;
-        kne_edit_job job = {model, &outer, view, opt, list.n_known, list.known, n, &list.edit[i < 0 ? 0 : i], {0}, cache};
+        kne_edit_job job = {.model = model, .backend = &outer, .view = view, .options = opt, .n_known = list.n_known, .known = list.known,
+                            .n_edits = n, .edit = &list.edit[i < 0 ? 0 : i], .cache = cache};
         double       t0 = now(), t1;
         part         at = BEFORE;
         int          last_learned = -1;

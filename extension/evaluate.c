@@ -290,15 +290,28 @@ ngram_entropy(char **word, int n_words, int n)
     return h;
 }
 
-/* (2/3 H2 + 4/3 H3) / 2 of a text's words, times 100. */
-static double
-fluency(char *text)
+static bool
+in_word(unsigned char c)
 {
-    char **word = palloc(sizeof(char *) * (strlen(text) + 1)), *save;
+    return c >= 0x80 || (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '\'';
+}
+
+/* (2/3 H2 + 4/3 H3) / 2 of a text's words (runs of letters, digits and apostrophes, and single marks), times 100. */
+static double
+fluency(const char *text)
+{
+    char **word = palloc(sizeof(char *) * (strlen(text) + 1));
     int n = 0;
 
-    for (char *w = strtok_r(text, " \t\r\n", &save); w; w = strtok_r(NULL, " \t\r\n", &save))
-        word[n++] = w;
+    while (*(text += strspn(text, " \t\r\n")))
+    {
+        size_t len = 1;
+
+        while (in_word(text[0]) && in_word(text[len]))
+            len++;
+        word[n++] = pnstrdup(text, len);
+        text += len;
+    }
     return 100 * (2.0 / 3 * ngram_entropy(word, n, 2) + 4.0 / 3 * ngram_entropy(word, n, 3)) / 2;
 }
 
@@ -326,7 +339,8 @@ figures_of(const Probe *probe, int n, Figures *f)
         if (p->versus)
         {
             pairs[p->kind]++;
-            likelier[p->kind] += p->score.logp > p->other.logp;
+            /* by the mean over tokens, as the field's figures are */
+            likelier[p->kind] += p->score.logp / Max(p->score.n, 1) > p->other.logp / Max(p->other.n, 1);
         }
     }
     for (int k = 0; k < KINDS; k++)

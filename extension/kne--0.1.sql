@@ -378,7 +378,8 @@ CREATE FUNCTION kne_evaluate(edit_id bigint)
     LANGUAGE c VOLATILE PARALLEL UNSAFE COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 12
     AS 'MODULE_PATHNAME', 'kne_evaluate';
 
--- A picture of an ensemble, from its rows: layers across, neurons down, the colour of the object's token that a neuron does most for.
+-- A picture of an ensemble, from its rows: layers across, neurons down, the colour of the object's token that a neuron does most for
+-- (relative to the neuron that does most for that token: tokens differ in scale).
 CREATE FUNCTION kne_ensemble_svg(edit_id bigint, generation integer DEFAULT NULL)
     RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -389,9 +390,14 @@ WITH about AS (
                pg_catalog.format('%s, %s: %s', r.subject, r.relation, r.object), '&', '&amp;'), '<', '&lt;'), '>', '&gt;') AS fact
     FROM kne.edit_request r JOIN kne.model m ON m.model_id = r.model_id JOIN kne.solution s ON s.edit_id = r.edit_id
     WHERE r.edit_id = $1 AND s.generation = coalesce($2, (SELECT pg_catalog.max(l.generation) FROM kne.solution l WHERE l.edit_id = $1))),
+most AS (
+    SELECT n, nullif(pg_catalog.max(pg_catalog.abs(v)), 0) AS v
+    FROM kne.ensemble e JOIN about a ON e.generation = a.generation, pg_catalog.unnest(e.token_scores) WITH ORDINALITY t (v, n)
+    WHERE e.edit_id = $1 GROUP BY n),
 neuron AS (
     SELECT e.layer, e.neuron, e.score, pg_catalog.abs(e.score) / nullif(pg_catalog.max(pg_catalog.abs(e.score)) OVER (), 0) AS strength,
-           coalesce((SELECT n FROM pg_catalog.unnest(e.token_scores) WITH ORDINALITY t (v, n) ORDER BY pg_catalog.abs(v) DESC, n LIMIT 1), 1) AS token,
+           coalesce((SELECT n FROM pg_catalog.unnest(e.token_scores) WITH ORDINALITY t (v, n) JOIN most USING (n)
+                     ORDER BY pg_catalog.abs(t.v) / most.v DESC NULLS LAST, n LIMIT 1), 1) AS token,
            pg_catalog.cardinality(e.token_scores) AS tokens
     FROM kne.ensemble e JOIN about a ON e.generation = a.generation WHERE e.edit_id = $1),
 colour AS (

@@ -1,5 +1,5 @@
 -- A picture of an ensemble: well-formed, a mark for each neuron, each in its column, a colour for each token.
-SELECT kne_edit('Chile & <co>', 'capital', 'Buenos Aires') AS e \gset
+SELECT kne_edit('Chile & <co>', 'capital', 'Buenos Aires', options => '{"select": "attribution"}') AS e \gset
 SELECT kne_wait(:e);
 SELECT xml_is_well_formed(kne_ensemble_svg(:e)) AS well_formed;
 CREATE TABLE mark AS
@@ -9,7 +9,9 @@ SELECT count(*) = (SELECT count(*) FROM kne.ensemble WHERE edit_id = :e) AS one_
 SELECT count(DISTINCT (m[1], m[6])) = count(DISTINCT m[6]) AS columns, corr(m[2]::float, m[7]::float) > 0.9999 AS rows,
        max(m[5]::float) = 1 AS strongest FROM mark;
 SELECT bool_and(m[4] = ('{#0072b2,#d55e00,#009e73,#cc79a7,#e69f00,#56b4e9,#7f7f7f,#000000}'::text[])[
-           1 + ((SELECT n FROM unnest(e.token_scores) WITH ORDINALITY t (v, n) ORDER BY abs(v) DESC, n LIMIT 1) - 1) % 8]) AS colours
+           1 + ((SELECT n FROM unnest(e.token_scores) WITH ORDINALITY t (v, n)
+                 ORDER BY abs(v) / (SELECT max(abs(o.token_scores[n])) FROM kne.ensemble o WHERE o.edit_id = :e) DESC, n LIMIT 1) - 1) % 8]) AS colours,
+       count(DISTINCT m[4]) = max(cardinality(e.token_scores)) AS all_of_them
 FROM mark JOIN kne.ensemble e ON e.layer = m[6]::int AND e.neuron = m[7]::int WHERE e.edit_id = :e;
 SELECT kne_ensemble_svg(:e) LIKE '%Chile &amp; &lt;co&gt;, capital: Buenos Aires%' AS escaped;
 SELECT kne_ensemble_svg(:e, 7) IS NULL AS no_such_generation, kne_ensemble_svg(-1) IS NULL AS no_such_edit;
