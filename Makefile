@@ -5,6 +5,8 @@
 #   make, make install, make installcheck, make uninstall     plain PGXS (PG_CONFIG=...)
 #   make shell     a psql on such a server, bundled model loaded
 #   make bench     speed and quality, measured
+#   make kernels   the GPU backend alone (make builds it too, where there is an nvcc)
+#   make gpu-check checks that against the CPU on a GPU, and measures it; needs nvcc, gcc and a GPU, nothing else
 #   make torture   half an hour of kills and of everybody at once
 #   make eval      quality alone: methods compared on the same edits (KNE_EVAL=full: hours)
 #
@@ -12,7 +14,7 @@
 # so they must work before there is a pg_config: they stand apart from PGXS.
 
 PG_CONFIG ?= pg_config
-APART = demo test torture bench shell eval setup engine engine-tests engine-bench clean-engine
+APART = demo test torture bench shell eval setup engine engine-tests engine-bench kernels gpu-check clean-engine
 
 ifneq ($(filter $(APART),$(MAKECMDGOALS)),)
 
@@ -49,7 +51,7 @@ PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
 build/kne-engine: FORCE
-	$(MAKE) -f src/engine.mk BUILD=build engine
+	$(MAKE) -f src/engine.mk BUILD=build engine kernels
 FORCE:
 .PHONY: FORCE
 
@@ -59,10 +61,11 @@ install: install-engine
 install-engine: build/kne-engine
 	$(MKDIR_P) '$(DESTDIR)$(pkglibdir)'
 	$(INSTALL_PROGRAM) build/kne-engine '$(DESTDIR)$(pkglibdir)/kne-engine'
+	if [ -e build/kne_cuda.so ]; then $(INSTALL_PROGRAM) build/kne_cuda.so '$(DESTDIR)$(pkglibdir)/kne_cuda.so'; fi
 
 uninstall: uninstall-engine
 uninstall-engine:
-	rm -f '$(DESTDIR)$(pkglibdir)/kne-engine'
+	rm -f '$(DESTDIR)$(pkglibdir)/kne-engine' '$(DESTDIR)$(pkglibdir)/kne_cuda.so'
 .PHONY: install-engine uninstall-engine
 
 endif

@@ -281,7 +281,7 @@ bench_rows(void)
         x.index[i] = i;
     for (int i = 0; i < 8; i++)
         x.seq[i] = (kne_seq) {i * 25, 25, i * 25, 25};
-    x.shape = (kne_attn_shape) {H, H, HD, 8, x.seq, 0.17f, 25, 25};
+    x.shape = (kne_attn_shape) {H, H, HD, 8, x.seq, 0.17f, 200, 25};
     for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); i++)
     {
         double t, none;

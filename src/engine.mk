@@ -8,7 +8,7 @@ ENGINE_LIBS   = -lpcre2-8 -lutf8proc -lcjson -lcrypto -lpthread -lm -ldl
 
 ENGINE_SRC  = $(filter-out src/kne_main.c,$(wildcard src/*.c))
 ENGINE_OBJ  = $(ENGINE_SRC:src/%.c=$(BUILD)/%.o)
-TEST_BIN    = $(patsubst test/%.c,$(BUILD)/%,$(wildcard test/test_*.c))
+TEST_BIN    = $(patsubst test/%.c,$(BUILD)/%,$(filter-out $(if $(HOST_CXX),,test/test_cuda.c),$(wildcard test/test_*.c)))
 BENCH_BIN   = $(patsubst bench/%.c,$(BUILD)/%,$(wildcard bench/bench_*.c))
 
 # Kernels for one instruction set each are compiled with their own flags and
@@ -18,6 +18,9 @@ $(BUILD)/%_avx512.o:     ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma 
 $(BUILD)/%_avx512bf16.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c
 
 engine: $(BUILD)/kne-engine
+
+include kernels/kernels.mk
+
 engine-tests: $(TEST_BIN)
 engine-bench: $(BENCH_BIN)
 

@@ -16,6 +16,8 @@
 
 #include "kne_model.h"
 
+#define KNE_BACKEND_ABI 1u /* grows when the table, or what it is given, changes */
+
 /*
  * One sequence of a packed batch. Its queries are rows [q0, q0 + q_len); its keys
  * and values are rows [kv0, kv0 + kv_len) of the K/V buffers; query i sees keys
@@ -32,7 +34,7 @@ typedef struct kne_attn_shape
     int32_t n_seq;
     const kne_seq *seq; /* (n_seq) of the device */
     float   scale;
-    int32_t max_q, max_kv; /* the longest q_len and kv_len: a device may have to know without looking at seq */
+    int32_t n_rows, max_q; /* of q; the longest q_len: a device has to know without looking at seq */
 } kne_attn_shape;
 
 typedef struct kne_backend kne_backend;
@@ -52,6 +54,7 @@ struct kne_backend
     /* Ops have no status of their own: what went wrong since the last call, known so far (all, after a get).
      * KNE_ERR_NOMEM is over with it; after KNE_ERR_DEVICE the device is lost to this process. */
     kne_status (*status)(void *ctx, kne_err *err);
+    void  (*close)(kne_backend *be);
 
     /* ---- matrix products ---- */
     /* y[n, out] = beta y + x[n, in] W^T (+ bias): Linear forward, W in its file's format, either orientation. */

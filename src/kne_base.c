@@ -3,7 +3,6 @@
  */
 #include "kne_base.h"
 
-#include <openssl/evp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -134,33 +133,6 @@ kne_round_to(float f, kne_dtype t)
     if (t == KNE_F32)
         return f;
     return t == KNE_BF16 ? kne_bf16_to_f32(kne_f32_to_bf16(f)) : kne_f16_to_f32(kne_f32_to_f16(f));
-}
-
-/* kne_sha256 is libcrypto's EVP_MD_CTX under another name. */
-kne_sha256 *
-kne_sha256_new(void)
-{
-    EVP_MD_CTX *ctx = EVP_MD_CTX_new();
-
-    if (ctx && EVP_DigestInit_ex(ctx, EVP_sha256(), NULL) != 1)
-    {
-        EVP_MD_CTX_free(ctx);
-        ctx = NULL;
-    }
-    return (kne_sha256 *) ctx;
-}
-
-void
-kne_sha256_add(kne_sha256 *h, const void *data, size_t len)
-{
-    EVP_DigestUpdate((EVP_MD_CTX *) h, data, len);
-}
-
-void
-kne_sha256_end(kne_sha256 *h, uint8_t out[KNE_DIGEST_LEN])
-{
-    EVP_DigestFinal_ex((EVP_MD_CTX *) h, out, NULL);
-    EVP_MD_CTX_free((EVP_MD_CTX *) h);
 }
 
 double

@@ -267,6 +267,7 @@ kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *
     cpu->be.zero = cpu_zero;
     cpu->be.memory = cpu_memory;
     cpu->be.status = cpu_status;
+    cpu->be.close = kne_cpu_backend_free;
     cpu->be.linear = linear;
     cpu->be.linear_bwd = linear_bwd;
     cpu->be.matmul_tn = matmul_tn;

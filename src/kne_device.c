@@ -16,8 +16,11 @@
 static kne_status
 no_room(kne_backend *be, const char *what, size_t bytes, kne_err *err)
 {
-    size_t free_bytes = 0, total = 0;
+    size_t     free_bytes = 0, total = 0;
+    kne_status st = be->status(be->ctx, err);
 
+    if (st == KNE_ERR_DEVICE) /* it is not memory that is missing */
+        return st;
     be->memory(be->ctx, &free_bytes, &total);
     kne_error(err, KNE_ERR_NOMEM, "out of device memory for %s", what);
     kne_error_detail(err, "It takes %.2f GiB; of the device's %.2f GiB, %.2f are free.", (double) bytes * GIB,

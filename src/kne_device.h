@@ -26,6 +26,14 @@ kne_device_put(kne_backend *be, void *to, const void *from_host, size_t bytes)
 }
 
 /*
+ * The backend of a setting "auto", "cpu", "cuda" or "cuda:N"; its close ends it. auto takes the first GPU where
+ * kne_cuda.so lies beside the program and a driver is there, else the CPU, and note says why; cuda never falls back.
+ * threads: of the CPU. KNE_ERR_INVALID: no such setting; KNE_ERR_DEVICE and others: the device cannot be had.
+ */
+kne_status kne_device_open(const char *setting, int threads, kne_backend **out, char *note, size_t note_size,
+                           kne_err *err);
+
+/*
  * Move the weights of an open model into the device's memory, in their own format, and point the model there; on
  * the CPU nothing moves. KNE_ERR_NOMEM, with the need and what is free, before anything is copied.
  * The device must outlive the model; kne_model_close gives the memory back.

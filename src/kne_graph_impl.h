@@ -72,15 +72,12 @@ kne_graph_attn_shape(const kne_pass *p)
     const kne_arch *a = &p->m->arch;
     kne_attn_shape  s = {
         .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads, .head_dim = a->head_dim,
-        .n_seq = p->b->n_seq, .seq = p->s->seq,
+        .n_seq = p->b->n_seq, .seq = p->s->seq, .n_rows = p->b->n_place ? p->b->n_place : p->b->n,
         .scale = 1.0f / __builtin_sqrtf((float) a->head_dim),
     };
 
     for (int32_t i = 0; i < p->b->n_seq; i++)
-    {
         s.max_q = p->b->seq[i].q_len > s.max_q ? p->b->seq[i].q_len : s.max_q;
-        s.max_kv = p->b->seq[i].kv_len > s.max_kv ? p->b->seq[i].kv_len : s.max_kv;
-    }
     return s;
 }
 

@@ -8,6 +8,7 @@
  * may end the process or write to stderr; exit codes are enum kne_exit.
  */
 #include "kne_confine.h"
+#include "kne_device.h"
 #include "kne_server.h"
 
 #include <errno.h>
@@ -303,23 +304,18 @@ set_title(int argc, char **argv)
 
 /* The backend that --device asks for, and why it is not the GPU where that might surprise. */
 static int
-open_device(const options *o, kne_backend **out, const char **note)
+open_device(const options *o, kne_backend **out, char *note, size_t note_size)
 {
-    kne_err err;
+    kne_err    err;
+    kne_status st = kne_device_open(o->device, o->threads, out, note, note_size, &err);
 
-    *note = "";
-    if (strncmp(o->device, "cuda", 4) == 0 && (o->device[4] == '\0' || o->device[4] == ':'))
+    if (st == KNE_ERR_INVALID)
+        return fail(KNE_EXIT_USAGE, "%s", err.msg);
+    if (st != KNE_OK && strncmp(o->device, "cuda", 4) == 0)
         return fail(KNE_EXIT_DEVICE,
-                    "device \"%s\" was asked for, but this build has no GPU backend; set "
-                    "kne.device to \"auto\" or \"cpu\"",
-                    o->device);
-    if (strcmp(o->device, "auto") == 0)
-        *note = "no GPU backend in this build";
-    else if (strcmp(o->device, "cpu") != 0)
-        return fail(KNE_EXIT_USAGE, "unknown device \"%s\"", o->device);
-    if (kne_cpu_backend_new(o->threads, NULL, out, &err) != KNE_OK)
-        return fail_err(KNE_EXIT_DEVICE, &err);
-    return KNE_EXIT_OK;
+                    "device \"%s\" was asked for, but %s; set kne.device to \"auto\" or \"cpu\"",
+                    o->device, err.msg);
+    return st == KNE_OK ? KNE_EXIT_OK : fail_err(KNE_EXIT_DEVICE, &err);
 }
 
 int
@@ -330,6 +326,7 @@ main(int argc, char **argv)
     kne_server_config config = {.log = log_line};
     kne_backend      *backend = NULL;
     const char       *unconfined;
+    char              note[512];
     kne_err           err;
     int               rc;
 
@@ -342,13 +339,14 @@ main(int argc, char **argv)
         o.secret_fd = open(o.secret_file, O_RDONLY | O_CLOEXEC);
     if (o.secret_fd < 0 || !read_secret(o.secret_fd, config.secret))
         return fail(KNE_EXIT_USAGE, "could not read the %d bytes of the secret", KNE_SECRET_LEN);
-    if ((rc = open_device(&o, &backend, &config.device_note)) != KNE_EXIT_OK)
+    if ((rc = open_device(&o, &backend, note, sizeof note)) != KNE_EXIT_OK)
         return rc;
     unconfined = kne_confine(); /* before the first byte of a client */
     config.listen_fd = o.socket ? make_socket(o.socket) : o.listen_fd;
     if (config.listen_fd < 0)
         return fail(KNE_EXIT_FAILED, "could not make socket \"%s\": %s", o.socket, strerror(errno));
     config.backend = backend;
+    config.device_note = note;
     config.cache_bytes = o.cache_bytes;
     char *socket_path = o.socket ? strdup(o.socket) : NULL;
     set_title(argc, argv); /* the options end here: their text is overwritten */
@@ -358,7 +356,16 @@ main(int argc, char **argv)
     if (unconfined)
         say("runs with more rights than it needs: %s", unconfined);
     say("ready (%s%s%s)", backend->name, config.device_note[0] ? "; " : "", config.device_note);
-    rc = kne_server_run(server, &err) == KNE_OK ? KNE_EXIT_OK : fail_err(KNE_EXIT_FAILED, &err);
+    switch (kne_server_run(server, &err))
+    {
+        case KNE_OK:
+            rc = KNE_EXIT_OK;
+            break;
+        case KNE_ERR_DEVICE: /* nothing of the device can be ended in order */
+            _exit(fail_err(KNE_EXIT_DEVICE_LOST, &err));
+        default:
+            rc = fail_err(KNE_EXIT_FAILED, &err);
+    }
 
     if (socket_path)
         unlink(socket_path);
@@ -368,6 +375,6 @@ main(int argc, char **argv)
     set_signal(SIGINT, SIG_IGN);
     if (!kne_server_free(server))
         _exit(rc);
-    kne_cpu_backend_free(backend);
+    backend->close(backend);
     return rc;
 }

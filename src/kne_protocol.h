@@ -132,7 +132,8 @@ enum kne_exit
     KNE_EXIT_FAILED = 1,   /* could not start or go on: the log says why */
     KNE_EXIT_USAGE = 2,    /* options, socket or secret: starting it again changes nothing */
     KNE_EXIT_DEVICE = 3,   /* the device asked for is not there: nor does this */
-    KNE_EXIT_FILE_LOST = 4 /* a model file was truncated while mapped */
+    KNE_EXIT_FILE_LOST = 4, /* a model file was truncated while mapped */
+    KNE_EXIT_DEVICE_LOST = 5 /* the device failed for good in this process: the next start begins afresh */
 };
 
 /* kne.weight_delta.matrix as text: the FFN's W_gate, W_up (GPT-2's c_fc) rows and W_down (c_proj) columns. */

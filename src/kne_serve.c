@@ -131,6 +131,15 @@ serve(kne_engine *e, kne_request *rq)
         st = resolve_view(&c, kind->needs, &err);
     if (st == KNE_OK && c.answer == KNE_MSG_OK)
         st = kind->handle(&c, &err);
+    if (st == KNE_ERR_DEVICE)
+    {
+        /* no answer: the client sees the engine die, which is no fault of its request */
+        e->lost = err;
+        free(c.out.p);
+        kne_store_unpin(e->store, c.loaded, c.view);
+        e->depth--;
+        return;
+    }
     if (st == KNE_OK)
     {
         if (c.answer != KNE_MSG_OK && !c.out.bad)
@@ -200,7 +209,9 @@ kne_serve_run(kne_engine *e)
             continue;
         }
         serve_waiting(e, KNE_CLASS_EDIT);
-        if ((rq = kne_queue_take(e->queue, KNE_CLASS_EDIT, KNE_CLASSES)))
+        if (e->lost.code == KNE_OK && (rq = kne_queue_take(e->queue, KNE_CLASS_EDIT, KNE_CLASSES)))
             serve(e, rq);
+        if (e->lost.code != KNE_OK)
+            return;
     }
 }

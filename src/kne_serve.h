@@ -19,12 +19,13 @@ typedef struct kne_engine
     kne_backend *backend;
     kne_store   *store;
     int          depth; /* requests at work: 0 to 3 */
+    kne_err      lost;  /* code KNE_OK: no; else the device failed for good, and so does the engine */
 } kne_engine;
 
 kne_status kne_engine_new(kne_queue *queue, kne_backend *be, size_t cache_bytes, kne_engine **out,
                           kne_err *err);
 void       kne_engine_free(kne_engine *e); /* NULL is fine */
-void       kne_serve_run(kne_engine *e);   /* until the queue is stopped */
+void       kne_serve_run(kne_engine *e);   /* until the queue is stopped, or the device is lost */
 
 /* The class of a request, by type and size; false: no such type here. Any thread. */
 bool kne_serve_classify(uint16_t type, size_t len, kne_class *cls);

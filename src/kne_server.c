@@ -623,7 +623,12 @@ kne_server_run(kne_server *s, kne_err *err)
             return kne_error(err, KNE_ERR_IO, "poll failed: %s", strerror(errno));
         }
         if (s->poll[POLL_STOP].revents)
-            return KNE_OK;
+        {
+            if (s->engine->lost.code == KNE_OK)
+                return KNE_OK;
+            *err = s->engine->lost;
+            return err->code;
+        }
         if (s->poll[POLL_LISTEN].revents & (POLLERR | POLLNVAL))
             return kne_error(err, KNE_ERR_IO, "the listening socket failed");
         if (s->poll[POLL_QUEUE].revents)
@@ -658,6 +663,8 @@ compute_main(void *arg)
 
     pthread_setname_np(pthread_self(), "kne-compute");
     kne_serve_run(s->engine);
+    if (s->engine->lost.code != KNE_OK)
+        kne_server_stop(s);
     kne_queue_ended(s->queue);
     return NULL;
 }

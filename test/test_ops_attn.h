@@ -32,7 +32,7 @@ make_attention(const attn_case *c)
         a.seq[i] = (kne_seq) {(int32_t) a.n, c->len[i], (int32_t) a.n, c->len[i]};
         a.n += c->len[i];
     }
-    a.sh = (kne_attn_shape) {c->n_heads, c->n_kv, c->hd, c->n_seq, NULL, 1.7f / sqrtf((float) c->hd), 0, 0};
+    a.sh = (kne_attn_shape) {c->n_heads, c->n_kv, c->hd, c->n_seq, NULL, 1.7f / sqrtf((float) c->hd), (int32_t) a.n, 0};
     a.q = random_floats(a.n * a.wq);
     a.k = random_floats(a.n * a.wkv);
     a.v = random_floats(a.n * a.wkv);

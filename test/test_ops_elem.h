@@ -235,7 +235,7 @@ test_gradients(void)
 {
     static const char *const kind_names[] = {"silu", "gelu", "gelu_tanh"};
     kne_seq        seq[2] = {{0, 70, 0, 70}, {70, 5, 70, 5}};
-    kne_attn_shape sh = {AH, AKV, AHD, 2, seq, 0.45f, 70, 70};
+    kne_attn_shape sh = {AH, AKV, AHD, 2, seq, 0.45f, 75, 70};
     char           what[60];
 
     randomise(gx, GN * GD);

@@ -422,7 +422,7 @@ ref_ffn(const tiny_model *t, const tiny_layer *r, double *y, const double *h, do
 }
 
 /* logits (n, V) of one sequence; alpha: NULL, or as kne_forward's with this sequence's rows. */
-static void
+static __attribute__((unused)) void
 ref_forward(const tiny_model *t, double *logits, const int32_t *id, int n,
             const float *const *alpha)
 {

@@ -1,0 +1,148 @@
+/*
+ * test_cuda.c - the CUDA backend against the CPU: every op on fresh random inputs with poisoned outputs, and whole
+ * edits on tiny models of every family.
+ *
+ * Built twice: as build/test_cuda with kernels/ compiled for the host (cuda_emul.h), which needs no GPU and is part of
+ * `make test`; and as build/gpu_check, which runs kne_cuda.so on a real one (`make gpu-check`). Neither links
+ * more than libc and libm: the tokenizer and the digest that edits need are small ones of this file.
+ */
+#include "kne_device.h"
+#include "kne_test.h"
+#include "tiny_model.h"
+
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static kne_backend *cpu, *gpu;
+static uint64_t     seed;
+
+static bool
+ok(kne_status st, const kne_err *err)
+{
+    if (st != KNE_OK)
+        printf("# %s %s\n", err->msg, err->detail);
+    return st == KNE_OK;
+}
+
+#include "test_cuda_ops.h"
+#include "test_cuda_edit.h"
+
+#ifdef KNE_GPU_CHECK
+#define GPU_MISSING 77 /* no GPU here: not a failure, and not a pass */
+
+static kne_status
+open_gpu(kne_err *err)
+{
+    char note[1];
+
+    return kne_device_open("cuda", 0, &gpu, note, sizeof note, err);
+}
+
+/* kne_cuda.so is loaded by now, from beside this program. */
+static void
+split_rows(kne_backend *be, int64_t rows)
+{
+    char    path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - sizeof "kne_cuda.so");
+    void   *lib;
+    void  (*set)(kne_backend *, int64_t);
+
+    path[n > 0 ? n : 0] = '\0';
+    strcpy(strrchr(path, '/') + 1, "kne_cuda.so");
+    lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    *(void **) &set = lib ? dlsym(lib, "kne_cuda_split_rows") : NULL;
+    if (check(set != NULL, "kne_cuda.so has its switch for tests"))
+        set(be, rows);
+}
+#else
+kne_status kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err);
+void       emul_fail_alloc(long n);
+void       emul_lose_device(void);
+void       emul_set_poison(bool on);
+int        emul_allocated(void);
+
+void       kne_cuda_split_rows(kne_backend *be, int64_t rows);
+
+#define split_rows kne_cuda_split_rows
+
+static kne_status
+open_gpu(kne_err *err)
+{
+    return kne_cuda_backend_new(KNE_BACKEND_ABI, -1, &gpu, err);
+}
+
+/* Memory that runs out fails what needed it and nothing else; a lost device stays lost. */
+static void
+test_failures(void)
+{
+    world      *w = world_new(&tiny_specs[0], 7, gpu);
+    kne_backend *wrong = NULL;
+    kne_edit_result *r = NULL;
+    kne_err     err;
+    int         before = emul_allocated(), failed = 0, tries = 0;
+    bool        clean = true;
+    kne_edit_job job = job_of(w, gpu, 1);
+
+    for (bool through = false; !through && tries < 200; tries++)
+    {
+        emul_fail_alloc(tries);
+        kne_status st = kne_edit_run(&job, &r, &err);
+
+        emul_fail_alloc(-1);
+        through = st == KNE_OK;
+        clean &= through || (st == KNE_ERR_NOMEM && emul_allocated() <= before + 4);
+        failed += !through;
+        kne_edit_result_free(r);
+        r = NULL;
+    }
+    check(failed > 5 && tries < 200 && clean, "device memory that runs out at any of %d allocations fails the job alone",
+          failed);
+    check(kne_cuda_backend_new(KNE_BACKEND_ABI + 1, -1, &wrong, &err) == KNE_ERR_UNSUPPORTED && !wrong,
+          "a table of another version is refused");
+    check(kne_cuda_backend_new(KNE_BACKEND_ABI, 1, &wrong, &err) == KNE_ERR_DEVICE && strstr(err.msg, "no GPU 1"),
+          "a GPU that is not there is refused (%s)", err.msg);
+    emul_lose_device();
+    kne_status first = kne_edit_run(&job, &r, &err), second = kne_edit_run(&job, &r, &err);
+
+    check(first == KNE_ERR_DEVICE && second == KNE_ERR_DEVICE && !r, "a lost device fails all that follows (%s)", err.msg);
+    world_free(w);
+}
+#endif
+
+int
+main(int argc, char **argv)
+{
+    kne_err err;
+
+    seed = argc > 1 ? strtoull(argv[1], NULL, 10) : (uint64_t) time(NULL);
+    printf("# seed %llu\n", (unsigned long long) seed);
+    if (open_gpu(&err) != KNE_OK)
+    {
+#ifdef KNE_GPU_CHECK
+        printf("# %s\n1..0 # SKIP no GPU: nothing was checked\n", err.msg);
+        return GPU_MISSING;
+#else
+        printf("# %s\nBail out!\n", err.msg);
+        return 1;
+#endif
+    }
+    if (!ok(kne_cpu_backend_new(2, NULL, &cpu, &err), &err))
+        return 1;
+    printf("# %s against %s\n", gpu->name, cpu->name);
+    split_rows(gpu, 0); /* activations in one 16-bit half: what large passes do */
+    test_products(1e-4);
+    split_rows(gpu, 1 << 30);
+    test_ops();
+    test_edits();
+#ifndef KNE_GPU_CHECK
+    test_failures();
+#endif
+    gpu->close(gpu);
+    cpu->close(cpu);
+    return kne_test_done();
+}
