@@ -97,3 +97,19 @@ ALTER SYSTEM RESET kne.enabled;
 SELECT pg_reload_conf();
 SELECT pg_sleep(1);
 DROP TABLE wanted_all, before;
+
+-- Facts that hold already, in a batch that undoes them: they are solved with it. The same when consolidated.
+INSERT INTO kne.edit_request (subject, relation, object, options)
+SELECT f.subject, 'capital', CASE WHEN n <= 6 THEN f.object ELSE 'Lima' END, '{"step": "adam", "contrast": 0, "anchors": 0, "protect": 0, "reference": 1, "select": "all", "lr": 0.003}'
+FROM (SELECT subject, object, row_number() OVER (ORDER BY subject) AS n FROM kne.fact
+      WHERE relation = 'capital' AND valid_to IS NULL AND kne_knows(subject, relation, object) AND object <> 'Lima') f WHERE n <= 18;
+SET client_min_messages = error; -- nothing protects here
+SELECT kne_wait(edit_id), count(*) FROM kne.edit_request WHERE options @> '{"lr": 0.003}' GROUP BY 1;
+RESET client_min_messages;
+SELECT count(*) FILTER (WHERE r.object <> 'Lima') AS held, count(*) FILTER (WHERE r.object <> 'Lima' AND s.n_rows > 0) > 0 AS solved_nevertheless,
+       bool_and(kne_knows(r.subject, r.relation, r.object)) AS all_hold
+FROM kne.edit_request r JOIN kne.solution s USING (edit_id) WHERE r.options @> '{"lr": 0.003}';
+SELECT kne_consolidate() AS c \gset
+SELECT kne_wait_consolidation(:c);
+SELECT bool_and(kne_knows(subject, relation, object)) AS all_hold FROM kne.edit_request WHERE state = 'applied';
+SELECT count(kne_revert(edit_id)) FROM kne.edit_request WHERE state = 'applied';

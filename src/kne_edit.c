@@ -367,29 +367,34 @@ run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
     return st;
 }
 
-/* Facts that held until the rest of the batch came are solved with it, once more from the start. */
+/* Facts that held until the rest of the batch came are solved with it: once more from the start, until there are no more of them. */
 kne_status
 kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
 {
     kne_edit_job   again = *job;
-    kne_edit_spec *spec;
-    int32_t        undone = 0;
+    kne_edit_spec *spec = malloc((size_t) job->n_edits * sizeof *spec);
+    kne_status     st;
 
-    KNE_TRY(run(job, out, err));
-    for (int32_t i = 0; i < job->n_edits; i++)
-        undone += (*out)->edit[i].undone;
-    if (!undone)
-        return KNE_OK;
-    spec = malloc((size_t) job->n_edits * sizeof *spec);
     if (!spec)
-        return KNE_OK; /* without memory for another try, what there is */
+        return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     memcpy(spec, job->edit, (size_t) job->n_edits * sizeof *spec);
-    for (int32_t i = 0; i < job->n_edits; i++)
-        spec[i].solve = (*out)->edit[i].undone;
     again.edit = spec;
-    kne_edit_result_free(*out);
-    *out = NULL;
-    kne_status st = run(&again, out, err);
+    for (;;)
+    {
+        int32_t undone = 0;
+
+        st = run(&again, out, err);
+        for (int32_t i = 0; st == KNE_OK && i < job->n_edits; i++)
+            if ((*out)->edit[i].undone)
+            {
+                spec[i].solve = true;
+                undone++;
+            }
+        if (!undone)
+            break;
+        kne_edit_result_free(*out);
+        *out = NULL;
+    }
     free(spec);
     return st;
 }
