@@ -476,6 +476,32 @@ CREATE VIEW kne.stat_progress AS
     FROM kne.stat_worker w
     WHERE w.edits > 0;
 
+-- What a monitor polls: one row a thing that may be wrong, what it waits for in words; alert where ok is false.
+CREATE VIEW kne.stat_health AS
+    SELECT 'processes' AS what, NOT bad.wrong AS ok, bad.states AS detail, NULL::bigint AS n, NULL::interval AS oldest
+    FROM (SELECT pg_catalog.bool_or(s.worker = 'engine' AND s.state NOT IN ('running', 'starting')
+                                    OR s.worker = 'launcher' AND s.state <> 'running' OR s.state = 'not loaded') AS wrong,
+                 pg_catalog.string_agg(s.worker || ' ' || s.state, ', ' ORDER BY s.worker) FILTER (WHERE s.worker IN ('engine', 'launcher')) AS states
+          FROM kne_status() s) bad
+    UNION ALL
+    SELECT w.what, w.ok IS NOT FALSE OR count(r.edit_id) = 0, w.detail, count(r.edit_id), pg_catalog.clock_timestamp() - min(r.since)
+    FROM (VALUES ('running', NULL::boolean, 'in the engine, or being written'),
+                 ('queued', NULL, 'for the worker'),
+                 ('behind another request of its fact', NULL, 'for that one to finish'),
+                 ('put off', false, 'after a failure; see the column error of kne.edit_request'),
+                 ('of another database', NULL, 'for kne_adopt()')) w (what, ok, detail)
+    LEFT JOIN (SELECT q.edit_id, q.requested_at AS since,
+                      CASE WHEN q.origin <> i.origin OR q.origin_database <> d.oid THEN 'of another database'
+                           WHEN q.state = 'running' THEN 'running'
+                           WHEN EXISTS (SELECT FROM kne.edit_request o WHERE o.model_id = q.model_id AND o.subject = q.subject
+                                        AND o.relation = q.relation AND o.edit_id < q.edit_id AND o.state IN ('pending', 'running'))
+                               THEN 'behind another request of its fact'
+                           WHEN q.error IS NOT NULL OR q.not_before IS NOT NULL THEN 'put off'
+                           ELSE 'queued' END AS what
+               FROM kne.edit_request q, kne.instance i, pg_catalog.pg_database d
+               WHERE q.state IN ('pending', 'running') AND d.datname = pg_catalog.current_database()) r ON r.what = w.what
+    GROUP BY w.what, w.ok, w.detail;
+
 -- ---------------------------------------------------------------- what a dump takes along
 
 SELECT pg_catalog.pg_extension_config_dump('kne.model', '');
@@ -549,7 +575,7 @@ REVOKE ALL ON FUNCTION
     FROM PUBLIC;
 
 GRANT USAGE ON SCHEMA kne TO pg_monitor;
-GRANT SELECT ON kne.stat_worker, kne.stat_progress TO pg_monitor;
+GRANT SELECT ON kne.stat_worker, kne.stat_progress, kne.stat_health TO pg_monitor;
 GRANT EXECUTE ON FUNCTION kne_status(), kne.stat_workers() TO pg_monitor;
 
 -- ---------------------------------------------------------------- comments
@@ -574,6 +600,7 @@ COMMENT ON TABLE kne.edit_event IS 'Append-only history of edits.';
 COMMENT ON TABLE kne.general_fact IS 'Facts that many models know, for databases that hold few of their own.';
 COMMENT ON VIEW kne.edit_history IS 'One row an edit: who, when, what it was and became.';
 COMMENT ON VIEW kne.stat_worker IS 'Editing workers of the server and what they are doing.';
+COMMENT ON VIEW kne.stat_health IS 'What a monitor polls: processes, and what each unfinished request waits for; ok is false where somebody should look.';
 COMMENT ON VIEW kne.stat_progress IS 'Batches of edits in work.';
 COMMENT ON FUNCTION kne_load_model(text, text, boolean) IS 'Register a Hugging Face model folder of the server after checking it; returns its model_id.';
 COMMENT ON FUNCTION kne_drop_model(text, boolean) IS 'Forget a model; with force, its edits and their history too.';

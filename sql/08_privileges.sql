@@ -104,6 +104,7 @@ SET ROLE regress_kne_other;
 SELECT count(*) >= 0 AS workers FROM kne.stat_worker;
 SELECT count(*) >= 0 AS batches FROM kne.stat_progress;
 SELECT count(*) > 0 AS processes FROM kne_status();
+SELECT count(*) AS health FROM kne.stat_health;
 RESET ROLE;
 DROP OWNED BY regress_kne_user, regress_kne_other;
 DROP ROLE regress_kne_user, regress_kne_other;

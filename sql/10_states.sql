@@ -10,6 +10,8 @@ INSERT INTO kne.edit_request (subject, relation, object) VALUES ('Canada', 'capi
 SELECT kne_wait(:a);
 \set VERBOSITY default
 SELECT object, state, attempts FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
+-- what a monitor sees of that
+SELECT what, ok, n, CASE what WHEN 'processes' THEN detail END AS detail FROM kne.stat_health ORDER BY what COLLATE "C";
 
 -- what this transaction has locked the worker passes by
 BEGIN;
@@ -56,6 +58,7 @@ SELECT pg_reload_conf();
 SHOW kne.enabled;
 SELECT relation, object, kne_wait(edit_id) IN ('applied', 'superseded') AS done FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
 SELECT relation, object, state FROM kne.edit_request WHERE subject = 'Canada' ORDER BY edit_id;
+SELECT wait_until('bool_and(ok) FROM kne.stat_health') AS well;
 SELECT kne_knows('Canada', 'capital', 'Paris'), kne_knows('Canada', 'currency', 'euro');
 
 -- retry where a newer edit holds

@@ -123,7 +123,7 @@ my $pending = kne_edit($node, 'Spain', 'Madrid');
 $node->stop;
 my $new = PostgreSQL::Test::Cluster->new('upgraded');
 $new->init;
-$new->append_conf('postgresql.conf', "shared_preload_libraries = 'kne'\nkne.device = 'cpu'\nkne.cpu_threads = 1\nkne.idle_timeout = '2s'\nmax_worker_processes = 16\n");
+$new->append_conf('postgresql.conf', "shared_preload_libraries = 'kne'\nkne.device = 'cpu'\nkne.cpu_threads = 1\nkne.idle_timeout = '2s'\nmax_worker_processes = 16\nkne.enabled = off\n");
 my $bin = $node->config_data('--bindir');
 chdir($new->basedir) or die $!;
 command_ok(['pg_upgrade', '-b', $bin, '-B', $bin, '-d', $node->data_dir, '-D', $new->data_dir, '-p', $node->port, '-P', $new->port, '-s', $new->host],
@@ -132,6 +132,8 @@ $new->start;
 $new->safe_psql('postgres', 'ANALYZE'); # statistics are not upgraded
 is($new->safe_psql('postgres', $answers), $before, 'the upgraded server answers the same, bit for bit');
 is(qx(psql -X -q -At -v digests=1 -d "@{[$new->connstr('postgres')]}" -f '$FindBin::RealBin/../test/invariants.sql' 2>&1), '', 'the rows hold');
+$new->safe_psql('postgres', 'ALTER SYSTEM SET kne.enabled = on');
+$new->reload;
 is($new->safe_psql('postgres', "SELECT kne_wait($pending)"), 'applied', 'what was pending is done: it is the same database');
 unlike(slurp_file($_->logfile), qr/<XX|PANIC|terminated by signal/, 'no internal error') for ($node, $new);
 $new->stop;
