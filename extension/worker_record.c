@@ -417,6 +417,7 @@ fail_job(const KneJob *job)
     kne_json_text(&detail, "error", job->error);
     kne_json_int(&detail, "attempts", job->attempts + 1);
     kne_event(job->spec.edit_id, "failed", kne_json_close(&detail));
+    ereport(LOG, (errmsg("kne: edit " INT64_FORMAT " failed: %s", job->spec.edit_id, job->error)));
 }
 
 static void
