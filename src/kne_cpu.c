@@ -86,7 +86,14 @@ gemm_nt(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
     /* rows of x of a block stay in half of a second-level cache while rows of W pass by */
     int64_t r_max = 512 * 1024 / (int64_t) sizeof(float) / (g->k > 0 ? g->k : 1);
 
-    gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max, 4);
+    if (n >= KNE_TURN_MIN) /* few blocks of rows, of equal size, since each turns W again */
+    {
+        int64_t blocks = (n + 255) / 256;
+
+        gemm_run(cpu, g, cpu->gemm->nt, out, n, 64, 64, (n + blocks - 1) / blocks, 4);
+    }
+    else
+        gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max, 4);
 }
 
 static void

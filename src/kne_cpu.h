@@ -13,6 +13,7 @@
 
 /* Scratch of one thread: a fixed size, so no op ever allocates. */
 #define KNE_CPU_SCRATCH ((size_t) 704 * 1024)
+#define KNE_TURN_MIN 96 /* rows from which on kernel nt turns W into panels; a matter of speed alone */
 
 /*
  * One product y[n, out] = beta y + x[n, k] op(W) (+ bias).

@@ -3,7 +3,8 @@
  * compiled for each instruction set (KNE_GEMM_TABLE names the result).
  *
  * Contract, on which batch and thread invariance rest: an output element is
- *   nt: VL accumulators over k = lane, lane + VL, ... in order, then vf_sum4;
+ *   nt: VL accumulators over k = lane, lane + VL, ... in order, then vf_sum4; with many rows the same sums come
+ *       from W turned into panels, a lane after the other (nt_turned);
  *   nn: one accumulator over each block of NN_K k's in order, the blocks added up in order;
  * with fused multiply-add from 0, whatever the tile or the task.
  * Then (+ bias), then beta y + it.
@@ -219,10 +220,228 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
     }
 }
 
+/*
+ * ---- nt of many rows: the same sums, but a vector holds 16 outputs instead of 16 lanes of one ----
+ *
+ * W is turned into panels of TURN_W outputs, lane by lane, once for all rows; then every load of W is a plain load
+ * of floats, and the sum over lanes is additions of whole vectors.
+ */
+#define TURN_V    NN_V /* vectors of outputs x rows of one tile */
+#define TURN_T    NN_T
+#define TURN_W    (TURN_V * VL)
+#define TURN_K    1024 /* k of a panel; of longer sums the lanes so far are put aside */
+#define TURN_ROWS 96   /* rows whose lanes can be put aside */
+#define TURN_AHEAD 6
+#define TURN_TILE (TURN_T * TURN_W)
+
+/* The lanes in the order in which vf_sum4 comes to pair them: sums of two, of two of these, and so on. */
+#if VL == 16
+static const uint8_t turn_order[VL] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+#elif VL == 8
+static const uint8_t turn_order[VL] = {0, 4, 1, 5, 2, 6, 3, 7};
+#else
+static const uint8_t turn_order[VL] = {0, 2, 1, 3};
+#endif
+
+/* r[i][lane] <-> r[lane][i] */
+KNE_INLINE void
+turn_square(vf *r)
+{
+    typedef int vi __attribute__((vector_size(4 * VL)));
+
+    UNROLL
+    for (int s = VL / 2; s > 0; s /= 2)
+    {
+        vi low, high;
+
+        UNROLL
+        for (int x = 0; x < VL; x++)
+        {
+            low[x] = x & s ? VL + x - s : x;
+            high[x] = x & s ? VL + x : x + s;
+        }
+        UNROLL
+        for (int i = 0; i < VL; i++)
+            if (!(i & s))
+            {
+                vf a = r[i], b = r[i + s];
+
+                r[i] = (vf) __builtin_shuffle(a, b, low);
+                r[i + s] = (vf) __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
+/* panel[at][j, TURN_W] = w[o, k0 + j VL + turn_order[at]]; 0 beyond nk and no outputs. */
+KNE_INLINE void
+turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t no, int64_t k0, int64_t nk)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2, nj = (nk + VL - 1) / VL;
+
+    for (int64_t o = 0; o < TURN_W; o += VL)
+        for (int64_t j = 0; j < nj; j++)
+        {
+            vf  r[VL];
+            int left = (int) (nk - j * VL < VL ? nk - j * VL : VL);
+
+            for (int i = 0; i < VL; i++)
+            {
+                const char *w = g->w + ((o0 + o + i) * g->ldw + k0 + j * VL) * size;
+
+                r[i] = o + i >= no ? vf_zero() : left == VL ? vf_load_w(w, type) : vf_load_w_part(w, type, left);
+            }
+            turn_square(r);
+            UNROLL
+            for (int i = 0; i < VL; i++)
+                vf_store(panel + (i * nj + j) * TURN_W + o, r[turn_order[i]]);
+        }
+}
+
+/*
+ * T rows of x times a panel. aside: (VL, T, TURN_W) what earlier panels came to (first: none did); last: the lanes are
+ * added up into y (T, TURN_W).
+ */
+KNE_INLINE void
+turn_tile(const int T, float *y, const float *x, int64_t xs_row, const float *panel, int64_t nk, float *aside, bool first,
+          bool last)
+{
+    const int64_t nj = (nk + VL - 1) / VL;
+    float         part[4][TURN_TILE] __attribute__((aligned(64)));
+
+    for (int at = 0; at < VL; at++)
+    {
+        const int    lane = turn_order[at];
+        const float *p = panel + at * nj * TURN_W, *xl = x + lane;
+        float       *mine = aside + lane * T * TURN_W;
+        int64_t      n = (nk - lane + VL - 1) / VL;
+        vf           c[TURN_T * TURN_V], wv[TURN_V];
+
+        UNROLL
+        for (int i = 0; i < T * TURN_V; i++)
+            c[i] = first ? vf_zero() : vf_load(mine + i * VL);
+        for (int64_t j = 0; j < n; j++, p += TURN_W, xl += VL)
+        {
+            UNROLL
+            for (int i = 0; i < TURN_V; i++)
+            {
+                wv[i] = vf_load(p + i * VL);
+                __builtin_prefetch(p + TURN_AHEAD * TURN_W + i * VL); /* a panel is wider than the first cache */
+            }
+            UNROLL
+            for (int t = 0; t < T; t++)
+            {
+                vf xv = vf_set1(xl[t * xs_row]);
+
+                UNROLL
+                for (int i = 0; i < TURN_V; i++)
+                    c[t * TURN_V + i] = vf_fma(wv[i], xv, c[t * TURN_V + i]);
+            }
+        }
+        if (!last)
+        {
+            UNROLL
+            for (int i = 0; i < T * TURN_V; i++)
+                vf_store(mine + i * VL, c[i]);
+            continue;
+        }
+        int level = 0;
+
+        for (; at >> level & 1; level++)
+            UNROLL
+            for (int i = 0; i < T * TURN_V; i++)
+                c[i] = vf_add(vf_load(part[level] + i * VL), c[i]);
+        float *to = at + 1 == VL ? y : part[level];
+
+        UNROLL
+        for (int i = 0; i < T * TURN_V; i++)
+            vf_store(to + i * VL, c[i]);
+    }
+}
+
+/* A row's sums, no outputs from o on, into y: finish(), a vector at a time. */
+KNE_INLINE void
+turn_finish(const kne_gemm *g, const float *sum, int64_t o, int64_t no, int64_t r)
+{
+    float  *y = g->y + r * g->ldy + o;
+    int64_t c = 0;
+
+    for (; c + VL <= no; c += VL)
+    {
+        vf v = vf_load(sum + c);
+
+        if (g->bias)
+            v = vf_add(v, vf_load(g->bias + o + c));
+        if (g->beta != 0)
+            v = vf_fma(vf_set1(g->beta), vf_load(y + c), v);
+        vf_store(y + c, v);
+    }
+    for (; c < no; c++)
+        y[c] = finish(g, sum[c], o + c, y[c]);
+}
+
+KNE_INLINE void
+nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
+{
+    float *panel = scratch, *aside = scratch + TURN_K * TURN_W;
+
+    for (int64_t o = o0; o < o1; o += TURN_W)
+        for (int64_t k = 0; k < g->k; k += TURN_K)
+        {
+            int64_t    nk = g->k - k < TURN_K ? g->k - k : TURN_K, no = o1 - o < TURN_W ? o1 - o : TURN_W;
+            int64_t    tiles = (r1 - r0 + TURN_T - 1) / TURN_T;
+            const bool first = k == 0, last = k + nk == g->k;
+
+            turn_panel(panel, g, type, o, no, k, nk);
+            for (int64_t t = 0; t < tiles; t++)
+            {
+                int64_t      r = r0 + (r1 - r0) * t / tiles, T = r0 + (r1 - r0) * (t + 1) / tiles - r;
+                const float *x = g->x + r * g->xs_row + k;
+                float        sum[TURN_TILE] __attribute__((aligned(64)));
+                float       *mine = first && last ? aside : aside + t * VL * TURN_TILE;
+
+                switch ((int) T)
+                {
+                    case 1: turn_tile(1, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+                    case 2: turn_tile(2, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+                    case 3: turn_tile(3, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+                    case 4: turn_tile(4, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+#if NN_T > 4
+                    case 5: turn_tile(5, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+                    case 6: turn_tile(6, sum, x, g->xs_row, panel, nk, mine, first, last); break;
+#endif
+                }
+                for (int64_t i = 0; i < T && last; i++)
+                    turn_finish(g, sum + i * TURN_W, o, no, r + i);
+            }
+        }
+}
+
+static void
+nt_turned(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
+{
+    int64_t rows = g->k <= TURN_K ? r1 - r0 : TURN_ROWS;
+
+    _Static_assert((TURN_K * TURN_W + (TURN_ROWS + TURN_T - 1) / TURN_T * VL * TURN_TILE) * sizeof(float) <= KNE_CPU_SCRATCH,
+                   "scratch");
+    for (int64_t r = r0; r < r1; r += rows)
+    {
+        int64_t re = r1 - r < rows ? r1 : r + rows;
+
+        if (g->type == KNE_BF16)
+            nt_turned_type(g, KNE_BF16, o0, o1, r, re, scratch);
+        else if (g->type == KNE_F16)
+            nt_turned_type(g, KNE_F16, o0, o1, r, re, scratch);
+        else
+            nt_turned_type(g, KNE_F32, o0, o1, r, re, scratch);
+    }
+}
+
 static void
 nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    if (g->type == KNE_BF16)
+    if (r1 - r0 >= KNE_TURN_MIN && g->k > 0)
+        nt_turned(g, o0, o1, r0, r1, scratch);
+    else if (g->type == KNE_BF16)
         nt_block(g, KNE_BF16, o0, o1, r0, r1);
     else if (g->type == KNE_F16)
         nt_block(g, KNE_F16, o0, o1, r0, r1);

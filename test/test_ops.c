@@ -144,6 +144,7 @@ static const linear_case linear_cases[] = {
     {130, 192, 515, KNE_BF16, false, 2, 0, false}, {200, 256, 688, KNE_F32, false, 0, 0, false},
     {61, 688, 256, KNE_BF16, true, 0, 1, false},   {12, 2048, 700, KNE_BF16, false, 0, 0, false},
     {25, 300, 1100, KNE_BF16, true, 0, 0, false},  {6, 0, 9, KNE_F32, false, 0, 0, true},
+    {101, 2100, 70, KNE_BF16, false, 3, 0.5f, true}, {97, 1030, 33, KNE_F16, false, 0, 0, true},
     {1, 3000, 40, KNE_BF16, true, 0, 0, false},    {0, 8, 8, KNE_F32, false, 0, 0, false},
 };
 
