@@ -59,7 +59,7 @@ $(BUILD)/test_cuda: test/test_cuda.c $(wildcard test/*.h) $(EMUL_OBJ) $(BUILD)/l
 $(BUILD)/gpu_check: test/test_cuda.c $(wildcard test/*.h) $(BUILD)/libkne_plain.a
 	$(CHECK_C) -DKNE_GPU_CHECK $(BUILD)/libkne_plain.a -o $@ -lpthread -lm -ldl
 
-$(BUILD)/gpu_bench: bench/gpu_bench.c bench/gpu_models.h $(BUILD)/libkne_plain.a
+$(BUILD)/gpu_bench: bench/gpu_bench.c test/plain_tokenizer.h $(BUILD)/libkne_plain.a
 	$(CC) $(ENGINE_CFLAGS) -Isrc -Itest $< $(BUILD)/libkne_plain.a -o $@ -lpthread -lm -ldl
 
 gpu-check: kernels $(BUILD)/gpu_check $(BUILD)/gpu_bench

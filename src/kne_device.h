@@ -33,6 +33,9 @@ kne_device_put(kne_backend *be, void *to, const void *from_host, size_t bytes)
 kne_status kne_device_open(const char *setting, int threads, kne_backend **out, char *note, size_t note_size,
                            kne_err *err);
 
+/* A few products, a norm and a loss on the device, against the CPU's: KNE_ERR_DEVICE where they differ by more than rounding. */
+kne_status kne_device_self_test(kne_backend *be, kne_backend *cpu, kne_err *err);
+
 /*
  * Move the weights of an open model into the device's memory, in their own format, and point the model there; on
  * the CPU nothing moves. KNE_ERR_NOMEM, with the need and what is free, before anything is copied.

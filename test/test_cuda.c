@@ -76,10 +76,17 @@ open_gpu(kne_err *err)
     return kne_cuda_backend_new(KNE_BACKEND_ABI, -1, &gpu, err);
 }
 
+/* An op that does nothing. */
+static void
+no_norm(void *ctx, float *y, float *rstd, const float *x, const float *w, float eps, int64_t n, int64_t d)
+{
+}
+
 /* Memory that runs out fails what needed it and nothing else; a lost device stays lost. */
 static void
 test_failures(void)
 {
+    kne_backend broken = *gpu;
     world      *w = world_new(&tiny_specs[0], 7, gpu);
     kne_backend *wrong = NULL;
     kne_edit_result *r = NULL;
@@ -106,6 +113,9 @@ test_failures(void)
           "a table of another version is refused");
     check(kne_cuda_backend_new(KNE_BACKEND_ABI, 1, &wrong, &err) == KNE_ERR_DEVICE && strstr(err.msg, "no GPU 1"),
           "a GPU that is not there is refused (%s)", err.msg);
+    broken.rmsnorm = no_norm;
+    check(kne_device_self_test(gpu, cpu, &err) == KNE_OK && kne_device_self_test(&broken, cpu, &err) == KNE_ERR_DEVICE,
+          "a device that computes something else is refused (%s)", err.msg);
     emul_lose_device();
     kne_status first = kne_edit_run(&job, &r, &err), second = kne_edit_run(&job, &r, &err);
 
@@ -138,7 +148,7 @@ main(int argc, char **argv)
     test_products(1e-4);
     split_rows(gpu, 1 << 30);
     test_ops();
-    test_edits();
+    test_edits(argc > 2 ? 1 : TINY_N_SPEC); /* "one": for the sanitizer, which is slow */
 #ifndef KNE_GPU_CHECK
     test_failures();
 #endif

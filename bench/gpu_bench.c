@@ -1,0 +1,349 @@
+/*
+ * gpu_bench.c - the engine on a GPU, in the shapes of real models with random bfloat16 weights made in memory: passes of 32
+ * tokens, whole edits alone and in batches, with the defaults and with each of them off, beside what the device reaches
+ * in the same run. Prints Markdown. Links nothing but libc and libm (see kernels/kernels.mk).
+ *
+ * gpu_bench [DEVICE [SHAPE]]   DEVICE: cuda; SHAPE: part of a name below, all of them without
+ */
+#include "kne_attrib.h"
+#include "kne_device.h"
+#include "plain_tokenizer.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TOKENS 32
+#define STEPS  25
+#define BATCH  32
+#define KNOWN  96
+
+#define LLAMA(L, d, H, Hkv, hd, f, V, theta, bound)                                                             \
+    {.n_layers = L, .d_model = d, .n_heads = H, .n_kv_heads = Hkv, .head_dim = hd, .d_ff = f, .vocab_size = V,  \
+     .n_ctx = 512, .norm = KNE_RMSNORM, .norm_eps = 1e-5f, .block = KNE_BLOCK_SEQUENTIAL,                       \
+     .position = KNE_POS_ROPE_HALF, .rotary_dim = hd, .rope_theta = theta, .act = KNE_ACT_SILU, .gated = true,  \
+     .qkv = KNE_QKV_SEPARATE, .tied_head = bound, .bos_id = -1, .eos_id = -1}
+
+static const struct { const char *name; kne_arch a; } shapes[] = {
+    {"Llama-2-7B", LLAMA(32, 4096, 32, 32, 128, 11008, 32000, 1e4, false)},
+    {"Llama-3-8B", LLAMA(32, 4096, 32, 8, 128, 14336, 128256, 5e5, false)},
+    {"GPT-2 XL",
+     {.n_layers = 48, .d_model = 1600, .n_heads = 25, .n_kv_heads = 25, .head_dim = 64, .d_ff = 6400,
+      .vocab_size = 50257, .n_ctx = 512, .norm = KNE_LAYERNORM, .norm_eps = 1e-5f, .block = KNE_BLOCK_SEQUENTIAL,
+      .position = KNE_POS_LEARNED, .act = KNE_ACT_GELU_TANH, .conv1d = true, .qkv = KNE_QKV_THIRDS,
+      .tied_head = true, .bos_id = -1, .eos_id = -1}},
+    {"smoke", LLAMA(3, 64, 4, 2, 16, 160, 64, 1e4, true)}, /* to see that this program works; only by name */
+};
+
+static kne_backend *be;
+
+static void
+need(kne_status st, const kne_err *err)
+{
+    if (st == KNE_OK)
+        return;
+    fprintf(stderr, "gpu_bench: %s. %s\n", err->msg, err->detail);
+    exit(1);
+}
+
+static int
+by_value(const void *a, const void *b)
+{
+    return (*(const double *) a > *(const double *) b) - (*(const double *) a < *(const double *) b);
+}
+
+/* ---- a model of one random buffer: every matrix points into it ---- */
+
+static char *random_bytes; /* of small bfloat16 numbers */
+
+static kne_mat
+matrix(const kne_arch *a, int64_t out, int64_t in, size_t *at)
+{
+    const bool turned = a->conv1d && out != a->vocab_size && out != a->n_ctx;
+
+    *at = (*at + 32) % 4096; /* not the same address twice in a row: an embedding would be taken for the head's */
+    return (kne_mat) {.data = random_bytes + *at, .type = KNE_BF16, .transposed = turned, .rows = turned ? in : out,
+                      .cols = turned ? out : in, .ld = turned ? out : in};
+}
+
+static kne_model *
+model_new(const kne_arch *a)
+{
+    kne_model    *m = calloc(1, sizeof *m);
+    const int64_t d = a->d_model, f = a->d_ff, k = (int64_t) a->n_heads * a->head_dim,
+                  kv = (int64_t) a->n_kv_heads * a->head_dim, half = a->rotary_dim / 2;
+    const int64_t widest = f > a->vocab_size ? f : a->vocab_size;
+    const size_t  most = (size_t) (widest * d) * 2 + 8192;
+    float        *ones = malloc((size_t) widest * sizeof *ones), *zeros = calloc((size_t) widest, sizeof *zeros);
+    float        *co = malloc((size_t) (a->n_ctx * half + 1) * sizeof *co), *si = malloc((size_t) (a->n_ctx * half + 1) * sizeof *si);
+    uint64_t      seed = 1;
+    size_t        at = 0;
+    bool          ln = a->norm == KNE_LAYERNORM;
+
+    random_bytes = malloc(most);
+    for (size_t i = 0; i < most / 2; i += 4) /* +- 0.01 to 0.03 */
+    {
+        uint64_t r = kne_random_next(&seed);
+
+        for (size_t j = i; j < i + 4 && j < most / 2; j++, r >>= 16)
+            ((uint16_t *) random_bytes)[j] = (uint16_t) ((r & 0x807f) | 0x3c00);
+    }
+    for (int64_t i = 0; i < widest; i++)
+        ones[i] = 1;
+    for (int64_t p = 0; p < a->n_ctx; p++)
+        for (int64_t i = 0; i < half; i++)
+        {
+            co[p * half + i] = (float) cos((double) p * pow(a->rope_theta, -2.0 * (double) i / a->rotary_dim));
+            si[p * half + i] = (float) sin((double) p * pow(a->rope_theta, -2.0 * (double) i / a->rotary_dim));
+        }
+    m->arch = *a;
+    m->dtype = KNE_BF16;
+    m->tokenizer = (kne_tokenizer *) m; /* plain_tokenizer.h never looks into it */
+    m->embed = matrix(a, a->vocab_size, d, &at);
+    m->head = a->tied_head ? m->embed : matrix(a, a->vocab_size, d, &at);
+    if (a->position == KNE_POS_LEARNED)
+        m->pos_embed = matrix(a, a->n_ctx, d, &at);
+    else
+    {
+        m->rope_cos = co;
+        m->rope_sin = si;
+    }
+    m->final_norm_w = ones;
+    m->final_norm_b = ln ? zeros : NULL;
+    m->layer = calloc((size_t) a->n_layers, sizeof *m->layer);
+    for (int32_t l = 0; l < a->n_layers; l++)
+    {
+        kne_layer *t = &m->layer[l];
+
+        t->norm1_w = t->norm2_w = ones;
+        t->norm1_b = t->norm2_b = ln ? zeros : NULL;
+        t->q = matrix(a, k, d, &at);
+        t->k = matrix(a, kv, d, &at);
+        t->v = matrix(a, kv, d, &at);
+        t->o = matrix(a, d, k, &at);
+        if (a->gated)
+            t->gate = matrix(a, f, d, &at);
+        t->up = matrix(a, f, d, &at);
+        t->down = matrix(a, d, f, &at);
+        if (ln)
+        {
+            t->q_b = t->k_b = t->v_b = t->o_b = t->down_b = zeros;
+            t->up_b = zeros;
+        }
+    }
+    return m; /* the program's for good, as all it points to */
+}
+
+/* ---- what the device reaches ---- */
+
+static double bandwidth = 1, arithmetic = 1; /* bytes a second, operations a second */
+
+static void
+ceilings(void)
+{
+    const int64_t n = be->host ? 1 << 20 : 1 << 28, r = be->host ? 256 : 8192;
+    float        *x = be->alloc(be->ctx, (size_t) n * 4), *y = be->alloc(be->ctx, (size_t) n * 4), one;
+    kne_mat       w = {.data = x, .type = KNE_BF16, .rows = r, .cols = r, .ld = r};
+    uint16_t     *some = malloc((size_t) (r * r) * 2);
+    uint64_t      seed = 3;
+    kne_err       err;
+
+    for (int64_t i = 0; i < r * r; i++)
+        some[i] = (uint16_t) ((kne_random_next(&seed) & 0x807f) | 0x3c00);
+    for (int rep = 0; rep < 6 && x && y; rep++)
+    {
+        double t0 = kne_now(), t;
+
+        for (int i = 0; i < 4; i++)
+            be->add(be->ctx, y, x, n);
+        be->get(be->ctx, &one, y, sizeof one);
+        t = 4 * 3 * 4.0 * (double) n / (kne_now() - t0);
+        bandwidth = t > bandwidth ? t : bandwidth;
+    }
+    be->put(be->ctx, x, some, (size_t) (r * r) * 2);
+    for (int rep = 0; rep < 6 && x && y; rep++)
+    {
+        double t0 = kne_now(), t;
+
+        for (int i = 0; i < 4; i++)
+            be->linear(be->ctx, y, r, (float *) (void *) ((char *) y + n * 2), r, &w, NULL, r, 0);
+        be->get(be->ctx, &one, y, sizeof one);
+        t = 4 * 2.0 * (double) r * (double) r * (double) r / (kne_now() - t0);
+        arithmetic = t > arithmetic ? t : arithmetic;
+    }
+    free(some);
+    if (x)
+        be->release(be->ctx, x);
+    if (y)
+        be->release(be->ctx, y);
+    need(be->status(be->ctx, &err), &err);
+    printf("Ceilings of this run: %.0f GB/s (y += x over 3 GB), %.1f TFLOP/s (a bfloat16 product of %lld cubed, its cast included).\n\n",
+           bandwidth * 1e-9, arithmetic * 1e-12, (long long) r);
+}
+
+/* ---- passes ---- */
+
+static void
+passes(const kne_model *m, int n_seq)
+{
+    const kne_arch *a = &m->arch;
+    const int32_t   n = n_seq * TOKENS;
+    int32_t        *id = malloc((size_t) n * 4), *pos = malloc((size_t) n * 4), *out = malloc((size_t) n_seq * 4), *target = malloc((size_t) n_seq * 4);
+    float          *coef = malloc((size_t) n_seq * 4), *logp = malloc((size_t) n_seq * 4);
+    kne_seq        *seq = malloc((size_t) n_seq * sizeof *seq);
+    kne_work       *w = NULL;
+    kne_err         err;
+    double          t[15], flop, bytes = (double) kne_model_device_bytes(m);
+    uint64_t        seed = 5;
+
+    for (int32_t i = 0; i < n; i++)
+    {
+        id[i] = (int32_t) (kne_random_next(&seed) % (uint64_t) a->vocab_size);
+        pos[i] = i % TOKENS;
+    }
+    for (int32_t i = 0; i < n_seq; i++)
+    {
+        seq[i] = (kne_seq) {i * TOKENS, TOKENS, i * TOKENS, TOKENS};
+        out[i] = i * TOKENS + TOKENS - 1;
+        target[i] = i;
+        coef[i] = 1;
+    }
+    kne_batch b = {.n = n, .n_seq = n_seq, .n_out = n_seq, .id = id, .pos = pos, .seq = seq, .out_row = out};
+
+    need(kne_work_new(m, (kne_work_shape) {n, n_seq, 0, true}, &w, &err), &err);
+    for (int i = 0; i < 15; i++)
+    {
+        t[i] = kne_now();
+        need(kne_forward(m, be, w, &b, NULL, NULL, 0, &err), &err);
+        kne_work_logprob(be, w, 0, n_seq, a->vocab_size, target, coef, NULL, NULL);
+        need(kne_backward(m, be, w, &b, NULL, NULL, 0, NULL, NULL, &err), &err);
+        be->get(be->ctx, logp, w->logp, (size_t) n_seq * 4);
+        need(be->status(be->ctx, &err), &err);
+        t[i] = kne_now() - t[i];
+    }
+    qsort(t + 3, 12, sizeof *t, by_value);
+    flop = 2 * 2.0 * n * (bytes / 2 - 2.0 * a->vocab_size * a->d_model);
+    printf("| forward + backward, %d x %d tokens | %.2f ms | %.0f %% of bandwidth, %.0f %% of arithmetic |\n", n_seq, TOKENS,
+           t[9] * 1e3, 200 * bytes / t[9] / bandwidth, 100 * flop / t[9] / arithmetic);
+    kne_work_free(w);
+    free(id);
+    free(pos);
+    free(out);
+    free(target);
+    free(coef);
+    free(logp);
+    free(seq);
+}
+
+/* ---- edits; name: an option that is set to string, or to 0 ---- */
+
+static char prompt[BATCH + KNOWN][TOKENS];
+
+static void
+edits(const kne_model *m, const kne_view *view, const char *what, int n, const char *name, const char *string)
+{
+    kne_known             known[KNOWN];
+    kne_edit_spec         spec[BATCH];
+    kne_text              text[BATCH];
+    int32_t               anchors[BATCH][8];
+    struct kne_ref_cache *cache = NULL;
+    kne_edit_result      *r = NULL;
+    kne_edit_job          job = {.model = m, .backend = be, .view = view, .n_known = KNOWN, .known = known, .n_edits = n, .edit = spec};
+    kne_err               err;
+    double                t = 0, attribute = 0, optimise = 0;
+    int                   steps = 0;
+
+    for (int i = 0; i < BATCH + KNOWN; i++)
+    {
+        uint64_t seed = 100 + (uint64_t) i;
+
+        for (int c = 0; c < TOKENS - 2; c++) /* with the token before and the object's: TOKENS */
+            prompt[i][c] = (char) ('a' + kne_random_next(&seed) % 16);
+    }
+    for (int i = 0; i < KNOWN; i++)
+        known[i] = (kne_known) {{prompt[BATCH + i], TOKENS - 2}, {"c", 1}, 0};
+    for (int i = 0; i < n; i++)
+    {
+        text[i] = (kne_text) {prompt[i], TOKENS - 2};
+        for (int k = 0; k < 8; k++)
+            anchors[i][k] = (i * 8 + k) % KNOWN;
+        spec[i] = (kne_edit_spec) {.edit_id = i + 1, .n_prompts = 1, .prompt = &text[i], .object = {&"abcdefghijklmnop"[i % 16], 1},
+                                   .n_anchors = 8, .anchor = anchors[i]};
+    }
+    kne_options_defaults(&job.options);
+    job.options.max_steps = STEPS;
+    job.options.probability = 0.99;
+    if (name)
+        need(kne_option_set(&job.options, name, string ? KNE_JSON_STRING : KNE_JSON_NUMBER, 0, string, &err), &err);
+    need(kne_ref_cache_new(&cache, &err), &err);
+    job.cache = cache;
+    for (int rep = 0; rep < 2; rep++) /* the first fills the cache of reference facts */
+    {
+        kne_edit_result_free(r);
+        r = NULL;
+        t = kne_now();
+        need(kne_edit_run(&job, &r, &err), &err);
+        t = kne_now() - t;
+        attribute = r->attribute_seconds;
+        optimise = r->optimise_seconds;
+    }
+    for (int i = 0; i < n; i++)
+        steps += r->edit[i].steps;
+    printf("| %s | %.0f ms an edit | attribution %.0f ms, optimiser %.0f ms in all, %.1f steps an edit |\n", what, t * 1e3 / n,
+           attribute * 1e3, optimise * 1e3, (double) steps / n);
+    fflush(stdout);
+    kne_edit_result_free(r);
+    kne_ref_cache_free(cache);
+}
+
+int
+main(int argc, char **argv)
+{
+    const char *device = argc > 1 ? argv[1] : "cuda", *only = argc > 2 ? argv[2] : NULL;
+    char        note[512];
+    kne_err     err;
+
+    if (kne_device_open(device, 0, &be, note, sizeof note, &err) != KNE_OK)
+    {
+        printf("gpu_bench: %s: nothing was measured\n", err.msg);
+        return 77;
+    }
+    printf("## %s\n\n", be->name);
+    ceilings();
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+    {
+        kne_view *view = NULL;
+        kne_model *m;
+        size_t     before, after, total;
+
+        if (only ? !strstr(shapes[i].name, only) : strcmp(shapes[i].name, "smoke") == 0)
+            continue;
+        m = model_new(&shapes[i].a);
+        be->memory(be->ctx, &before, &total);
+        if (kne_model_bind(m, be, &err) != KNE_OK)
+        {
+            printf("### %s: %s. %s\n\n", shapes[i].name, err.msg, err.detail);
+            continue;
+        }
+        need(kne_view_new(m, be, 0, NULL, NULL, &view, &err), &err);
+        printf("### Shape of %s, random bfloat16, %d tokens a fact, %d steps\n\n| what | time | |\n|---|---|---|\n", shapes[i].name,
+               TOKENS, STEPS);
+        passes(m, 1);
+        passes(m, 6);
+        edits(m, view, "one edit, defaults", 1, NULL, NULL);
+        edits(m, view, "one edit, no contrast", 1, "contrast", NULL);
+        edits(m, view, "one edit, no anchors", 1, "beta", NULL);
+        edits(m, view, "one edit, plain Adam for the protected step", 1, "step", "adam");
+        edits(m, view, "a batch of 32, defaults", BATCH, NULL, NULL);
+        be->memory(be->ctx, &after, &total);
+        printf("\n%.2f GB of the device in use after it, %.2f of them weights.\n\n", (double) (before - after) * 1e-9,
+               (double) kne_model_device_bytes(m) * 1e-9);
+        kne_view_free(view);
+        if (m->device)
+            be->release(be->ctx, m->device_block);
+        free(random_bytes);
+    }
+    be->close(be);
+    return 0;
+}
