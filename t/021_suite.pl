@@ -1,0 +1,41 @@
+# The published files of CounterFact and zsRE, record by record: a request each, and the probes that the record has.
+use strict;
+use warnings;
+use FindBin;
+use lib $FindBin::RealBin;
+use KneTest;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $data = ($ENV{KNE_SHARED} // "$FindBin::RealBin/../../shared") . '/data';
+plan skip_all => "no benchmarks in \"$data\"" unless -r "$data/counterfact/counterfact-edit.json" && -r "$data/zsre/zsre_mend_train-1k.json";
+
+my $node = kne_cluster('suite', 'kne.enabled' => 'off');
+kne_prepare($node);
+
+# Loaded, counted and rolled back: edits, relations, then probes by kind.
+sub load
+{
+	my ($file, $records) = @_;
+	my $path = $node->basedir . '/suite.json';
+
+	append_to_file($path, '');
+	system('cp', "$data/$file", $path) == 0 or die "cannot copy $file";
+	chmod 0644, $path;
+	return $node->safe_psql('postgres', qq{
+		SET client_min_messages = error;
+		BEGIN;
+		SELECT count(*), count(DISTINCT id) FROM kne_load_suite(pg_read_file('$path')::jsonb, records => $records) id;
+		SELECT kind, count(*), count(DISTINCT edit_id), count(versus) FROM kne.probe GROUP BY kind ORDER BY kind;
+		SELECT count(*) FROM kne.edit_request r JOIN kne.relation t USING (relation)
+		JOIN kne.probe p ON p.edit_id = r.edit_id AND p.kind = 'edit' AND p.prompt = replace(t.prompt, '{}', r.subject) AND p.answer = r.object;
+		ROLLBACK;});
+}
+
+is(load('counterfact/counterfact-edit.json', 10_000), join("\n", '10000|10000', 'edit|10000|10000|10000', 'locality|10000|10000|10000',
+	'paraphrase|10000|10000|10000', '10000'), 'CounterFact, all of it');
+is(load('zsre/zsre_mend_train-1k.json', 1000), join("\n", '998|998', 'edit|998|998|998', 'locality|998|998|0',
+	'paraphrase|998|998|998', '998'), 'zsRE, all but two records without a new object');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM kne.edit_request'), 0, 'rolled back');
+$node->stop;
+done_testing();
