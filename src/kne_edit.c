@@ -367,24 +367,39 @@ run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
     return st;
 }
 
-/* Facts that held until the rest of the batch came are solved with it: once more from the start, until there are no more of them. */
+static int32_t
+count_failed(const kne_edit_result *r)
+{
+    int32_t n = 0;
+
+    for (int32_t i = 0; i < r->n_edits; i++)
+        n += r->edit[i].outcome == KNE_OUTCOME_FAILED;
+    return n;
+}
+
+/*
+ * Facts that held until the rest of the batch came are solved with it: once more from the start, until there are no more of
+ * them. If that gains nothing (facts that contradict each other), the batch stays without.
+ */
 kne_status
 kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
 {
-    kne_edit_job   again = *job;
-    kne_edit_spec *spec = malloc((size_t) job->n_edits * sizeof *spec);
-    kne_status     st;
+    kne_edit_job     again = *job;
+    kne_edit_spec   *spec = malloc((size_t) job->n_edits * sizeof *spec);
+    kne_edit_result *next = NULL;
+    kne_status       st;
 
     if (!spec)
         return kne_error(err, KNE_ERR_NOMEM, "out of memory");
     memcpy(spec, job->edit, (size_t) job->n_edits * sizeof *spec);
     again.edit = spec;
-    for (;;)
+    st = run(&again, out, err);
+    while (st == KNE_OK)
     {
         int32_t undone = 0;
+        bool    better;
 
-        st = run(&again, out, err);
-        for (int32_t i = 0; st == KNE_OK && i < job->n_edits; i++)
+        for (int32_t i = 0; i < job->n_edits; i++)
             if ((*out)->edit[i].undone)
             {
                 spec[i].solve = true;
@@ -392,8 +407,15 @@ kne_edit_run(const kne_edit_job *job, kne_edit_result **out, kne_err *err)
             }
         if (!undone)
             break;
-        kne_edit_result_free(*out);
-        *out = NULL;
+        st = run(&again, &next, err);
+        better = st == KNE_OK && count_failed(next) < count_failed(*out);
+        if (st == KNE_OK)
+            kne_edit_result_free(better ? *out : next);
+        else
+            kne_edit_result_free(*out);
+        *out = st != KNE_OK ? NULL : better ? next : *out;
+        if (!better)
+            break;
     }
     free(spec);
     return st;
