@@ -19,6 +19,9 @@ echo "$(nproc) CPUs, load $(cut -d' ' -f1 /proc/loadavg 2>/dev/null || echo unkn
 title "Matrix products and other ops, beside OpenBLAS"
 "$build/bench_ops"
 
+title "Tokenizers: CPU time to load, and English text encoded"
+"$build/bench_tokenizer" README.md $atlas/tokenizer.json $(ls ../shared/tokenizers/*/tokenizer.json 2>/dev/null || true)
+
 title "$edits counterfactual edits of atlas, one at a time and together"
 "$build/bench_eval" $atlas $atlas/facts.tsv $atlas/relations.tsv --edits "$edits" --mode single
 echo
