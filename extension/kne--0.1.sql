@@ -215,9 +215,21 @@ CREATE TABLE kne.edit_event (
               'reinstated', 'reverted', 'disturbed', 'consolidated', 'adopted')),
     at        timestamptz NOT NULL DEFAULT clock_timestamp(),
     by        name NOT NULL,
-    detail    jsonb
+    detail    jsonb,
+    follows   bigint,            -- the event of the edit before it; no foreign key: what is missing is to be seen
+    digest    bytea NOT NULL     -- kne.event_digest of this row and of that event
 );
 CREATE INDEX edit_event_edit ON kne.edit_event (edit_id, event_id);
+
+-- Named instants of a model, for as_of.
+CREATE TABLE kne.tag (
+    model_id  integer NOT NULL REFERENCES kne.model,
+    name      text NOT NULL CHECK (name <> ''),
+    at        timestamptz NOT NULL,
+    by        name NOT NULL,
+    note      text,
+    PRIMARY KEY (model_id, name)
+);
 
 -- Facts that many models know; they stand in for kne.fact while it is too small to protect anything.
 CREATE TABLE kne.general_fact (
@@ -242,6 +254,20 @@ CREATE FUNCTION kne.profile_before() RETURNS trigger
 
 CREATE TRIGGER profile_before BEFORE INSERT OR UPDATE ON kne.profile
     FOR EACH ROW EXECUTE FUNCTION kne.profile_before();
+
+CREATE FUNCTION kne.event_before() RETURNS trigger
+    LANGUAGE c SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_event_before';
+CREATE FUNCTION kne.track() RETURNS trigger
+    LANGUAGE c SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'kne_track';
+
+CREATE FUNCTION kne.event_digest(before bytea, event_id bigint, edit_id bigint, event text, at timestamptz, by name, detail jsonb)
+    RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    RETURN sha256(coalesce(before, ''::bytea) || convert_to(jsonb_build_array(event_id, edit_id, event,
+        (extract(epoch FROM at) * 1000000)::bigint, by, detail)::text, 'UTF8'));
+
+CREATE TRIGGER event_before BEFORE INSERT ON kne.edit_event
+    FOR EACH ROW EXECUTE FUNCTION kne.event_before();
 CREATE TRIGGER request_before BEFORE INSERT ON kne.edit_request
     FOR EACH ROW EXECUTE FUNCTION kne.request_before();
 CREATE TRIGGER request_after AFTER INSERT ON kne.edit_request
@@ -284,6 +310,10 @@ CREATE FUNCTION kne_revert(edit_id bigint, reason text DEFAULT NULL)
     RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_revert';
+CREATE FUNCTION kne_revert_all(edit_ids bigint[], reason text DEFAULT NULL)
+    RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_revert_all';
 CREATE FUNCTION kne_cancel(edit_id bigint)
     RETURNS boolean
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
@@ -335,7 +365,12 @@ CREATE FUNCTION kne_knows(subject text, relation text, object text, model text D
     RETURNS boolean
     LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_knows';
-CREATE FUNCTION kne_locate(subject text, relation text, object text, model text DEFAULT NULL, options jsonb DEFAULT NULL)
+CREATE FUNCTION kne_knows_all(subjects text[], relations text[], objects text[], model text DEFAULT NULL, as_of timestamptz DEFAULT NULL)
+    RETURNS TABLE (subject text, relation text, object text, knows boolean)
+    LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 1000
+    AS 'MODULE_PATHNAME', 'kne_knows_all';
+CREATE FUNCTION kne_locate(subject text, relation text, object text, model text DEFAULT NULL, options jsonb DEFAULT NULL,
+                           as_of timestamptz DEFAULT NULL)
     RETURNS TABLE (layer integer, neuron integer, score real, token_scores real[])
     LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 100
     AS 'MODULE_PATHNAME', 'kne_locate';
@@ -347,6 +382,127 @@ CREATE FUNCTION kne_detokenize(tokens integer[], model text DEFAULT NULL)
     RETURNS text
     LANGUAGE c STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_detokenize';
+
+-- Time.
+CREATE FUNCTION kne_tag(name text, model text DEFAULT NULL, note text DEFAULT NULL)
+    RETURNS timestamptz
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_tag';
+CREATE FUNCTION kne.model_named(model text)
+    RETURNS integer
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    RETURN (SELECT model_id FROM kne.model m WHERE CASE WHEN model IS NULL THEN m.is_default ELSE m.name = model END);
+CREATE FUNCTION kne_tag_time(name text, model text DEFAULT NULL)
+    RETURNS timestamptz
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    RETURN (SELECT t.at FROM kne.tag t WHERE t.model_id = kne.model_named(kne_tag_time.model) AND t.name = kne_tag_time.name);
+CREATE FUNCTION kne_untag(name text, model text DEFAULT NULL)
+    RETURNS boolean
+    LANGUAGE sql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        WITH gone AS (DELETE FROM kne.tag t WHERE t.model_id = kne.model_named(kne_untag.model) AND t.name = kne_untag.name RETURNING 1)
+        SELECT EXISTS (SELECT FROM gone);
+    END;
+-- The solutions in force at an instant; NULL: now.
+CREATE FUNCTION kne.in_force(model text, as_of timestamptz)
+    RETURNS TABLE (edit_id bigint, generation integer)
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        SELECT a.edit_id, a.generation FROM kne.activation a
+        WHERE a.model_id = kne.model_named(in_force.model)
+        AND CASE WHEN as_of IS NULL THEN a.valid_to IS NULL
+            ELSE a.valid_from <= as_of AND (a.valid_to > as_of OR a.valid_to IS NULL) END;
+    END;
+CREATE FUNCTION kne_diff("from" timestamptz, "to" timestamptz DEFAULT NULL, model text DEFAULT NULL)
+    RETURNS TABLE (change text, edit_id bigint, generation integer, subject text, relation text, object text, neurons integer,
+                   norm double precision, requested_by name)
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        SELECT c.change, c.edit_id, c.generation, r.subject, r.relation, r.object, s.n_neurons, s.norm, r.requested_by
+        FROM (SELECT 'added' AS change, t.* FROM (SELECT * FROM kne.in_force(kne_diff.model, "to")
+                                                  EXCEPT SELECT * FROM kne.in_force(kne_diff.model, "from")) t
+              UNION ALL
+              SELECT 'removed', t.* FROM (SELECT * FROM kne.in_force(kne_diff.model, "from")
+                                          EXCEPT SELECT * FROM kne.in_force(kne_diff.model, "to")) t) c
+        JOIN kne.edit_request r USING (edit_id) JOIN kne.solution s USING (edit_id, generation)
+        ORDER BY c.edit_id, c.generation;
+    END;
+CREATE FUNCTION kne_diff_facts("from" timestamptz, "to" timestamptz DEFAULT NULL, model text DEFAULT NULL)
+    RETURNS TABLE (subject text, relation text, before text, after text)
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        WITH f AS (SELECT f.* FROM kne.fact f WHERE f.model_id = kne.model_named(kne_diff_facts.model)),
+        a AS (SELECT DISTINCT ON (f.subject, f.relation) f.subject, f.relation, f.object FROM f
+              WHERE f.valid_from <= "from" AND (f.valid_to > "from" OR f.valid_to IS NULL)
+              ORDER BY f.subject, f.relation, f.edit_id DESC NULLS LAST, f.fact_id DESC),
+        b AS (SELECT DISTINCT ON (f.subject, f.relation) f.subject, f.relation, f.object FROM f
+              WHERE CASE WHEN "to" IS NULL THEN f.valid_to IS NULL
+                    ELSE f.valid_from <= "to" AND (f.valid_to > "to" OR f.valid_to IS NULL) END
+              ORDER BY f.subject, f.relation, f.edit_id DESC NULLS LAST, f.fact_id DESC)
+        SELECT coalesce(a.subject, b.subject), coalesce(a.relation, b.relation), a.object, b.object
+        FROM a FULL JOIN b ON a.subject = b.subject AND a.relation = b.relation
+        WHERE a.object IS DISTINCT FROM b.object ORDER BY 1, 2;
+    END;
+CREATE FUNCTION kne_diff_neurons("from" timestamptz, "to" timestamptz DEFAULT NULL, model text DEFAULT NULL)
+    RETURNS TABLE (layer integer, neuron integer, matrix text, edits bigint, norm double precision)
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        WITH part AS (
+            SELECT d.layer, d.neuron, d.matrix, u.place, sum(CASE c.change WHEN 'added' THEN 1 ELSE -1 END * u.value::float8) AS value,
+                   count(*) AS edits
+            FROM kne_diff("from", "to", kne_diff_neurons.model) c JOIN kne.weight_delta d USING (edit_id, generation),
+                 unnest(d.delta) WITH ORDINALITY u (value, place)
+            GROUP BY d.layer, d.neuron, d.matrix, u.place)
+        SELECT p.layer, p.neuron, p.matrix, max(p.edits), sqrt(sum(p.value * p.value)) FROM part p
+        GROUP BY p.layer, p.neuron, p.matrix ORDER BY 5 DESC, 1, 2, 3;
+    END;
+
+-- Audit.
+CREATE FUNCTION kne_redo(edit_id bigint, generation integer DEFAULT 0)
+    RETURNS TABLE (edit bigint, outcome text, same boolean, digest bytea)
+    LANGUAGE c STABLE PARALLEL RESTRICTED COST 1000000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp ROWS 10
+    AS 'MODULE_PATHNAME', 'kne_redo';
+CREATE FUNCTION kne_check_history()
+    RETURNS TABLE (edit_id bigint, event_id bigint, problem text)
+    LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        SELECT e.edit_id, e.event_id, 'the event was changed' FROM kne.edit_event e LEFT JOIN kne.edit_event b ON b.event_id = e.follows
+        WHERE e.digest <> kne.event_digest(b.digest, e.event_id, e.edit_id, e.event, e.at, e.by, e.detail)
+        AND (e.follows IS NULL OR b.event_id IS NOT NULL)
+        UNION ALL
+        SELECT e.edit_id, e.event_id, 'the event before it is missing' FROM kne.edit_event e
+        WHERE NOT EXISTS (SELECT FROM kne.edit_event b WHERE b.event_id = e.follows AND b.edit_id = e.edit_id)
+        AND (e.follows IS NOT NULL OR EXISTS (SELECT FROM kne.edit_event b WHERE b.edit_id = e.edit_id AND b.event_id < e.event_id))
+        UNION ALL
+        SELECT r.edit_id, NULL, 'no event says that it is ' || r.state FROM kne.edit_request r
+        LEFT JOIN LATERAL (SELECT e.event FROM kne.edit_event e WHERE e.edit_id = r.edit_id AND e.event NOT IN ('disturbed', 'consolidated')
+                           ORDER BY e.event_id DESC LIMIT 1) last ON true
+        WHERE last.event IS NULL OR r.state IN ('applied', 'failed', 'cancelled', 'superseded', 'reverted')
+        AND last.event <> r.state AND NOT (r.state = 'applied' AND last.event = 'reinstated')
+        ORDER BY 1, 2;
+    END;
+
+-- Keeping in step with a table.
+CREATE FUNCTION kne_track_table("table" regclass, subject_column name, relation text, object_column name, model text DEFAULT NULL)
+    RETURNS void
+    LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS $$
+    BEGIN
+        IF "table" IS NULL OR subject_column IS NULL OR object_column IS NULL OR coalesce(relation, '') = '' THEN
+            RAISE null_value_not_allowed USING MESSAGE = 'table, columns and relation must not be null';
+        END IF;
+        PERFORM FROM pg_attribute a WHERE a.attrelid = "table" AND a.attname IN (subject_column, object_column) AND a.attnum > 0
+            AND NOT a.attisdropped HAVING count(*) = 2 OR subject_column = object_column AND count(*) = 1;
+        IF NOT FOUND THEN
+            RAISE undefined_column USING MESSAGE = format('table %s has no column %I or no column %I', "table", subject_column, object_column);
+        END IF;
+        EXECUTE format('CREATE TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW EXECUTE FUNCTION kne.track(%L, %L, %L, %L)',
+            'kne_track ' || relation, "table", subject_column, relation, object_column, coalesce(model, ''));
+    END $$;
+CREATE FUNCTION kne_untrack_table("table" regclass, relation text)
+    RETURNS void
+    LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS $$ BEGIN EXECUTE format('DROP TRIGGER %I ON %s', 'kne_track ' || relation, "table"); END $$;
 
 -- Writes files; the database is only read.
 CREATE FUNCTION kne_export(path text, model text DEFAULT NULL, format text DEFAULT 'huggingface', as_of timestamptz DEFAULT NULL)
@@ -502,6 +658,21 @@ CREATE VIEW kne.stat_health AS
                WHERE q.state IN ('pending', 'running') AND d.datname = pg_catalog.current_database()) r ON r.what = w.what
     GROUP BY w.what, w.ok, w.detail;
 
+CREATE VIEW kne.stat_size AS
+    SELECT r.edit_id, m.name AS model, r.state, s.generation, s.n_neurons AS neurons, s.n_rows AS delta_rows,
+           s.n_rows * (m.d_model * 4::bigint + 24) AS delta_bytes, -- values, and the array's head
+           a.edit_id IS NOT NULL AS in_force
+    FROM kne.solution s
+    JOIN kne.edit_request r USING (edit_id)
+    JOIN kne.model m ON m.model_id = s.model_id
+    LEFT JOIN kne.activation a ON a.edit_id = s.edit_id AND a.generation = s.generation AND a.valid_to IS NULL;
+
+CREATE VIEW kne.stat_storage AS
+    SELECT c.relname AS relation, greatest(c.reltuples, 0)::bigint AS rows_estimate, pg_catalog.pg_table_size(c.oid) AS table_bytes,
+           pg_catalog.pg_indexes_size(c.oid) AS index_bytes, pg_catalog.pg_total_relation_size(c.oid) AS total_bytes
+    FROM pg_catalog.pg_class c
+    WHERE c.relnamespace = 'kne'::pg_catalog.regnamespace AND c.relkind = 'r';
+
 -- ---------------------------------------------------------------- what a dump takes along
 
 SELECT pg_catalog.pg_extension_config_dump('kne.model', '');
@@ -519,6 +690,7 @@ SELECT pg_catalog.pg_extension_config_dump('kne.probe', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.evaluation', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.health_text', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.edit_event', '');
+SELECT pg_catalog.pg_extension_config_dump('kne.tag', '');
 SELECT pg_catalog.pg_extension_config_dump('kne.general_fact', 'WHERE NOT shipped');
 SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('kne.model', 'model_id')::pg_catalog.regclass, '');
 SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('kne.edit_request', 'edit_id')::pg_catalog.regclass, '');
@@ -557,7 +729,24 @@ REVOKE ALL ON FUNCTION
     kne_logprob(text, text, text, timestamptz),
     kne_next_tokens(text, integer, text, timestamptz),
     kne_knows(text, text, text, text, timestamptz),
-    kne_locate(text, text, text, text, jsonb),
+    kne_knows_all(text[], text[], text[], text, timestamptz),
+    kne_locate(text, text, text, text, jsonb, timestamptz),
+    kne_revert_all(bigint[], text),
+    kne_tag(text, text, text),
+    kne_untag(text, text),
+    kne_tag_time(text, text),
+    kne_diff(timestamptz, timestamptz, text),
+    kne_diff_facts(timestamptz, timestamptz, text),
+    kne_diff_neurons(timestamptz, timestamptz, text),
+    kne_redo(bigint, integer),
+    kne_check_history(),
+    kne_track_table(regclass, name, text, name, text),
+    kne_untrack_table(regclass, text),
+    kne.model_named(text),
+    kne.in_force(text, timestamptz),
+    kne.event_digest(bytea, bigint, bigint, text, timestamptz, name, jsonb),
+    kne.event_before(),
+    kne.track(),
     kne_tokenize(text, text),
     kne_detokenize(integer[], text),
     kne_export(text, text, text, timestamptz),
@@ -607,6 +796,26 @@ COMMENT ON FUNCTION kne_drop_model(text, boolean) IS 'Forget a model; with force
 COMMENT ON FUNCTION kne_edit(text, text, text, text, jsonb) IS 'Queue an edit, which runs once this transaction has committed; returns its edit_id.';
 COMMENT ON FUNCTION kne_wait(bigint, interval) IS 'Wait for the final state of a committed request, and return it.';
 COMMENT ON FUNCTION kne_revert(bigint, text) IS 'Take an applied edit out of the model; the edit that it had superseded comes back.';
+COMMENT ON TABLE kne.tag IS 'Named instants of a model, for as_of and export.';
+COMMENT ON VIEW kne.stat_size IS 'Size of each solution of an edit.';
+COMMENT ON VIEW kne.stat_storage IS 'Size of each table of kne, TOAST and indexes included.';
+COMMENT ON FUNCTION kne_revert_all(bigint[], text) IS 'Take many applied or superseded edits out at once; returns how many.';
+COMMENT ON FUNCTION kne_knows_all(text[], text[], text[], text, timestamptz) IS 'kne_knows of many facts, in batches; an array of one element is for all.';
+COMMENT ON FUNCTION kne_tag(text, text, text) IS 'Name the present state of a model; returns its instant.';
+COMMENT ON FUNCTION kne_untag(text, text) IS 'Forget the name of a state; false when there is none.';
+COMMENT ON FUNCTION kne_tag_time(text, text) IS 'The instant of a tag, for as_of; NULL when there is none.';
+COMMENT ON FUNCTION kne_diff(timestamptz, timestamptz, text) IS 'Edits that came into force or went between two instants, NULL for now.';
+COMMENT ON FUNCTION kne_diff_facts(timestamptz, timestamptz, text) IS 'Facts that kne holds otherwise at two instants.';
+COMMENT ON FUNCTION kne_diff_neurons(timestamptz, timestamptz, text) IS 'Neurons that differ between two instants, with the norm of the difference.';
+COMMENT ON FUNCTION kne_redo(bigint, integer) IS 'Solve the batch of an edit again, without writing, and compare the rows bit for bit.';
+COMMENT ON FUNCTION kne_check_history() IS 'Events that were changed or taken out, and states that no event explains; no rows: none.';
+COMMENT ON FUNCTION kne_track_table(regclass, name, text, name, text) IS 'Turn changes of a table into edits from now on.';
+COMMENT ON FUNCTION kne_untrack_table(regclass, text) IS 'Undo kne_track_table.';
+COMMENT ON FUNCTION kne.model_named(text) IS 'The model_id of a name; of the default for NULL.';
+COMMENT ON FUNCTION kne.in_force(text, timestamptz) IS 'The solutions in force at an instant; NULL is now.';
+COMMENT ON FUNCTION kne.event_digest(bytea, bigint, bigint, text, timestamptz, name, jsonb) IS 'Digest of an event and of the one before it.';
+COMMENT ON FUNCTION kne.event_before() IS 'Fill in what an event follows, and its digest.';
+COMMENT ON FUNCTION kne.track() IS 'The trigger that kne_track_table makes.';
 COMMENT ON FUNCTION kne_cancel(bigint) IS 'Cancel a pending or running edit; false when it had finished.';
 COMMENT ON FUNCTION kne_retry(bigint) IS 'Queue a failed or cancelled edit again.';
 COMMENT ON FUNCTION kne_edit_unit(text, text, text, text, jsonb) IS 'Queue an edit and what follows from it as one unit: all are applied or none; returns the unit, which is the first edit''s id.';
@@ -620,7 +829,7 @@ COMMENT ON FUNCTION kne_complete(text, integer, text, timestamptz) IS 'Greedy co
 COMMENT ON FUNCTION kne_logprob(text, text, text, timestamptz) IS 'Natural logarithm of the probability of the continuation, given the prompt.';
 COMMENT ON FUNCTION kne_next_tokens(text, integer, text, timestamptz) IS 'The k likeliest next tokens.';
 COMMENT ON FUNCTION kne_knows(text, text, text, text, timestamptz) IS 'Does the model answer this object: is each of its tokens the likeliest, given those before.';
-COMMENT ON FUNCTION kne_locate(text, text, text, text, jsonb) IS 'The neurons that an edit would move, highest score first, without editing.';
+COMMENT ON FUNCTION kne_locate(text, text, text, text, jsonb, timestamptz) IS 'The neurons that an edit would move, highest score first, without editing.';
 COMMENT ON FUNCTION kne_tokenize(text, text) IS 'The model''s tokens of a text.';
 COMMENT ON FUNCTION kne_detokenize(integer[], text) IS 'The text of a list of tokens.';
 COMMENT ON FUNCTION kne_export(text, text, text, timestamptz) IS 'Write the edited model, or an adapter with its edits, to a new folder of the server.';

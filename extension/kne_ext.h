@@ -5,7 +5,7 @@
  * workers, supervises the engine), engine.c (spawn and reap kne-engine, launcher only), client.c (the socket to the engine),
  * worker.c (one a database, on demand: claims and records edits), view.c (which edits a snapshot sees),
  * known.c (facts for anchors, contrast, protection), request.c (edit, revert, cancel, retry, wait),
- * read.c (complete, logprob, ...), model.c (load and drop), export.c, status.c.
+ * read.c (complete, logprob, ...), model.c (load and drop), export.c, track.c, audit.c, status.c.
  */
 #ifndef KNE_EXT_H
 #define KNE_EXT_H
@@ -145,6 +145,12 @@ typedef struct KneView
 extern KneView *kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_without);
 /* The model without its edits, for what does not depend on them. In the current context. */
 extern KneView *kne_view_base(KneModel *model);
+extern void kne_sha256_of(const void *data, size_t len, uint8 out[32]);
+/*
+ * JSON, in the current context: the batch that an EDIT was asked for with, the set it was solved on and the last instant of it, and the
+ * digest of the rest of the request (options, known facts, prompts). What kne_redo needs, kept with the solution. Same snapshot as the view.
+ */
+extern char *kne_what_was_asked(const KneView *view, const char *options, const int64 *edit_id, int n, const void *body, size_t len);
 /* Begin a request body with the view. */
 extern void kne_put_view(kne_wbuf *w, const KneView *view);
 /* kne_call with the NEED_SET / NEED_DELTAS answers served from rows. Does its own SPI reads in the active

@@ -160,6 +160,7 @@ typedef struct KneBatch
     KneJob           whole; /* of a consolidation: its one verdict, with error, death and delay */
     TimestampTz      retry_at;
     int              rounds; /* of writing that left something open */
+    char            *again; /* JSON: kne_what_was_asked */
     char            *provenance, *device, *version;
     double           attribute_seconds, optimise_seconds;
     int              n_disturbed;

@@ -61,6 +61,14 @@ extern const char *kne_caller(void);
  */
 extern void kne_event_user(int64 edit_id, const char *event, const char *key, const char *value);
 
+/* The instant at which what this transaction changes of a model comes into force; takes the model's lock until the transaction ends. */
+extern TimestampTz kne_stamp_of(int32 model_id);
+
+/* Take edits out, as kne_revert_all; sorts the ids, returns how many there were. */
+extern int kne_revert_edits(int64 *edit_id, int n, const char *reason);
+/* Take a pending or running one back, as kne_cancel; false: it had finished. */
+extern bool kne_cancel_edit(int64 edit_id);
+
 /* ERROR unless text is there and not blank. */
 extern void kne_check_text(const char *what, const char *value);
 /*

@@ -282,6 +282,7 @@ kne_drop_model(PG_FUNCTION_ARGS)
         {"DELETE FROM kne.edit_request WHERE model_id = $1", 1, {INT4OID}},
         {"DELETE FROM kne.consolidation WHERE model_id = $1", 1, {INT4OID}}, /* after the solutions it made */
         {"DELETE FROM kne.profile WHERE model_id = $1", 1, {INT4OID}},
+        {"DELETE FROM kne.tag WHERE model_id = $1", 1, {INT4OID}},
         {"DELETE FROM kne.model WHERE model_id = $1", 1, {INT4OID}},
     };
     char *name;

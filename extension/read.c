@@ -22,6 +22,7 @@ PG_FUNCTION_INFO_V1(kne_complete);
 PG_FUNCTION_INFO_V1(kne_logprob);
 PG_FUNCTION_INFO_V1(kne_next_tokens);
 PG_FUNCTION_INFO_V1(kne_knows);
+PG_FUNCTION_INFO_V1(kne_knows_all);
 PG_FUNCTION_INFO_V1(kne_locate);
 PG_FUNCTION_INFO_V1(kne_tokenize);
 PG_FUNCTION_INFO_V1(kne_detokenize);
@@ -205,6 +206,122 @@ kne_knows(PG_FUNCTION_ARGS)
     PG_RETURN_BOOL(right);
 }
 
+/* Element i of an array of texts, NULL for null. */
+typedef struct Texts
+{
+    Datum *value;
+    bool *null;
+    int n;
+} Texts;
+
+static Texts
+texts_arg(FunctionCallInfo fcinfo, int arg)
+{
+    Texts t;
+
+    deconstruct_array(PG_GETARG_ARRAYTYPE_P(arg), TEXTOID, -1, false, TYPALIGN_INT, &t.value, &t.null, &t.n);
+    return t;
+}
+
+/*
+ * kne_knows of many facts: some thousand in a message, which the engine answers in batched passes, between which it serves
+ * others. A fact with a null in it is neither known nor unknown.
+ */
+Datum
+kne_knows_all(PG_FUNCTION_ARGS)
+{
+#define KNOWS_A_MESSAGE 2048
+    ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+    static const char *const names[] = {"subject", "relation", "object"};
+    MemoryContext mcxt, old;
+    Texts part[3];
+    KneView *view;
+    int n = 0;
+
+    InitMaterializedSRF(fcinfo, 0);
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
+        return (Datum) 0;
+    for (int k = 0; k < 3; k++)
+    {
+        part[k] = texts_arg(fcinfo, k);
+        n = Max(n, part[k].n);
+    }
+    for (int k = 0; k < 3; k++)
+        if (part[k].n != n && part[k].n != 1)
+            ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("%ss has %d elements, the longest of the three %d", names[k], part[k].n, n),
+                            errdetail("Arrays are of equal length, or have one element, which then is everybody's.")));
+    view = kne_view_args(fcinfo, 3, 4);
+    mcxt = AllocSetContextCreate(CurrentMemoryContext, "kne_knows_all", ALLOCSET_DEFAULT_SIZES);
+    for (int from = 0; from < n; from += KNOWS_A_MESSAGE)
+    {
+        int to = Min(n, from + KNOWS_A_MESSAGE), asked = 0;
+        kne_wbuf w;
+        KneReply reply;
+
+        CHECK_FOR_INTERRUPTS();
+        old = MemoryContextSwitchTo(mcxt);
+        kne_wbuf_init(&w);
+        for (int pass = 0; pass < 2; pass++)
+        {
+            if (pass == 1)
+            {
+                kne_put_view(&w, view);
+                kne_put_u32(&w, (uint32) asked);
+            }
+            for (int i = from; i < to; i++)
+            {
+                char *s[3];
+                bool whole = true;
+
+                for (int k = 0; k < 3; k++)
+                {
+                    int at = part[k].n == 1 ? 0 : i;
+
+                    whole = whole && !part[k].null[at];
+                    s[k] = whole ? TextDatumGetCString(part[k].value[at]) : NULL;
+                }
+                if (!whole)
+                    continue;
+                if (pass == 0)
+                {
+                    for (int k = 0; k < 3; k++)
+                        kne_check_text(names[k], s[k]);
+                    asked++;
+                    continue;
+                }
+                kne_put_text(&w, kne_prompt(s[0], s[1]));
+                kne_put_text(&w, s[2]);
+            }
+        }
+        if (asked)
+        {
+            kne_call_view(view, KNE_MSG_KNOWS, &w, NULL, NULL, &reply);
+            expect_count(&reply, (uint32) asked, 1);
+        }
+        for (int i = from; i < to; i++)
+        {
+            Datum values[4];
+            bool nulls[4] = {false};
+
+            for (int k = 0; k < 3; k++)
+            {
+                int at = part[k].n == 1 ? 0 : i;
+
+                values[k] = part[k].value[at];
+                nulls[k] = part[k].null[at];
+            }
+            nulls[3] = nulls[0] || nulls[1] || nulls[2];
+            values[3] = BoolGetDatum(!nulls[3] && kne_get_u8(&reply.body) != 0);
+            tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+        }
+        if (asked)
+            kne_reply_done(&reply);
+        MemoryContextSwitchTo(old);
+        MemoryContextReset(mcxt);
+    }
+    return (Datum) 0;
+}
+
 /* ---------------------------------------------------------------- tokens */
 
 Datum
@@ -348,7 +465,7 @@ kne_locate(PG_FUNCTION_ARGS)
         without = kne_spi_int8(0, 1);
     kne_spi_finish();
 
-    view = kne_view_get(model, KNE_NOW, &without, without ? 1 : 0);
+    view = kne_view_get(model, kne_as_of_arg(fcinfo, 5), &without, without ? 1 : 0);
     body_begin(&w, view);
     kne_put_edit_body(&w, model, options_json, 1, &edit);
     kne_call_view(view, KNE_MSG_LOCATE, &w, NULL, NULL, &reply);

@@ -19,6 +19,7 @@
 #include "commands/trigger.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -28,6 +29,7 @@
 
 PG_FUNCTION_INFO_V1(kne_edit);
 PG_FUNCTION_INFO_V1(kne_revert);
+PG_FUNCTION_INFO_V1(kne_revert_all);
 PG_FUNCTION_INFO_V1(kne_cancel);
 PG_FUNCTION_INFO_V1(kne_retry);
 PG_FUNCTION_INFO_V1(kne_adopt);
@@ -399,12 +401,15 @@ kne_revert_edit(int64 edit_id, const char *reason)
         "UPDATE kne.fact SET valid_to = 'infinity' WHERE edit_id = $1 AND valid_to IS NULL", 1, {INT8OID}};
     static KnePlan set_state = {
         "UPDATE kne.edit_request SET state = 'reverted' WHERE edit_id = $1", 1, {INT8OID}};
-    /* What the edit ended when it first came into force has the same stamp. */
+    /* What was told last of the fact before an edit of it ended that: it has the stamp of the edit's coming into force. */
     static KnePlan give_back = {
         "INSERT INTO kne.fact (model_id, subject, relation, object, valid_from)"
         " SELECT DISTINCT f.model_id, f.subject, f.relation, f.object, 'infinity'::timestamptz"
         " FROM kne.fact f WHERE f.model_id = $2 AND f.subject = $3 AND f.relation = $4 AND f.edit_id IS NULL AND f.valid_to ="
-        " (SELECT min(valid_from) FROM kne.activation WHERE edit_id = $1)"
+        " (SELECT max(t.valid_to) FROM kne.fact t WHERE t.model_id = $2 AND t.subject = $3 AND t.relation = $4"
+        " AND t.edit_id IS NULL AND t.valid_to IN (SELECT a.valid_from FROM kne.edit_request q"
+        " JOIN kne.activation a ON a.edit_id = q.edit_id WHERE q.model_id = $2 AND q.subject = $3 AND q.relation = $4))"
+        " AND $1 IS NOT NULL"
         " AND NOT EXISTS (SELECT FROM kne.fact t WHERE t.model_id = $2 AND t.subject = $3 AND t.relation = $4"
         " AND t.object = f.object AND t.valid_to IS NULL)",
         4,
@@ -449,6 +454,84 @@ kne_revert(PG_FUNCTION_ARGS)
     return kne_as_owner(fcinfo, revert_body);
 }
 
+static int
+id_order(const void *a, const void *b)
+{
+    int64 x = *(const int64 *) a, y = *(const int64 *) b;
+
+    return (x > y) - (x < y);
+}
+
+/*
+ * Many at once. Superseded edits go first, so that none of them comes back when its successor goes: what is reinstated is only
+ * what was not named.
+ */
+int
+kne_revert_edits(int64 *edit_id, int n, const char *reason)
+{
+    static KnePlan set_state = {
+        "UPDATE kne.edit_request SET state = 'reverted' WHERE edit_id = $1", 1, {INT8OID}};
+    MemoryContext one = AllocSetContextCreate(CurrentMemoryContext, "kne_revert_edits", ALLOCSET_DEFAULT_SIZES);
+    int unique = 0;
+
+    qsort(edit_id, n, sizeof(int64), id_order);
+    for (int i = 0; i < n; i++)
+        if (i == 0 || edit_id[i] != edit_id[i - 1])
+            edit_id[unique++] = edit_id[i];
+    for (int pass = 0; pass < 2; pass++)
+        for (int i = 0; i < unique; i++)
+        {
+            Request r;
+            Datum id = Int64GetDatum(edit_id[i]);
+            MemoryContext old = MemoryContextSwitchTo(one);
+
+            CHECK_FOR_INTERRUPTS();
+            kne_spi_connect();
+            lock_fact(edit_id[i], &r);
+            if (pass == 0 && strcmp(r.state, "superseded") == 0)
+            {
+                kne_spi(&set_state, KNE_WRITE, &id, NULL);
+                kne_event_user(edit_id[i], "reverted", "reason", reason);
+            }
+            else if (pass == 0 && strcmp(r.state, "applied") != 0)
+                ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                                errmsg("edit " INT64_FORMAT " is neither applied nor superseded, so it cannot be reverted", edit_id[i]),
+                                errdetail("Its state is %s.", r.state)));
+            else if (pass == 1 && strcmp(r.state, "applied") == 0)
+                kne_revert_edit(edit_id[i], reason);
+            kne_spi_finish();
+            MemoryContextSwitchTo(old);
+            MemoryContextReset(one);
+        }
+    MemoryContextDelete(one);
+    return unique;
+}
+
+static Datum
+revert_all_body(PG_FUNCTION_ARGS)
+{
+    char *reason = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
+    ArrayType *ids;
+    int64 *edit_id;
+    int n;
+
+    if (PG_ARGISNULL(0))
+        PG_RETURN_INT64(0); /* array_agg over no rows */
+    ids = PG_GETARG_ARRAYTYPE_P(0);
+    if (array_contains_nulls(ids))
+        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("edit_ids must not contain nulls")));
+    n = ArrayGetNItems(ARR_NDIM(ids), ARR_DIMS(ids));
+    edit_id = palloc(sizeof(int64) * Max(n, 1));
+    memcpy(edit_id, ARR_DATA_PTR(ids), sizeof(int64) * n);
+    PG_RETURN_INT64(kne_revert_edits(edit_id, n, reason));
+}
+
+Datum
+kne_revert_all(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, revert_all_body);
+}
+
 /* ---------------------------------------------------------------- cancel, retry, adopt */
 
 /* The edit $1 and, if it is of a unit, those that share its fate. */
@@ -467,8 +550,8 @@ rows_of(uint64 n, uint64 *out)
     return id;
 }
 
-static Datum
-cancel_body(PG_FUNCTION_ARGS)
+bool
+kne_cancel_edit(int64 edit_id)
 {
     static KnePlan cancel = {
         "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
@@ -476,7 +559,6 @@ cancel_body(PG_FUNCTION_ARGS)
         1,
         {INT8OID}};
     static KnePlan exists = {"SELECT 1 FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
-    int64 edit_id = edit_id_arg(fcinfo);
     Datum value = Int64GetDatum(edit_id);
     int64 *ids;
     uint64 n;
@@ -492,7 +574,13 @@ cancel_body(PG_FUNCTION_ARGS)
     else if (kne_spi(&exists, KNE_WRITE, &value, NULL) == 0)
         kne_no_such_edit(edit_id);
     kne_spi_finish();
-    PG_RETURN_BOOL(n > 0);
+    return n > 0;
+}
+
+static Datum
+cancel_body(PG_FUNCTION_ARGS)
+{
+    PG_RETURN_BOOL(kne_cancel_edit(edit_id_arg(fcinfo)));
 }
 
 Datum

@@ -286,13 +286,14 @@ typedef struct Stamp
 
 /* The stamp of this transaction for a model: the first caller of the transaction takes the lock and the time.
  */
-static TimestampTz
-stamp_of(int32 model_id)
+TimestampTz
+kne_stamp_of(int32 model_id)
 {
     static KnePlan last = {
         "SELECT greatest((SELECT max(valid_from) FROM kne.activation WHERE model_id = $1"
         " AND valid_from < 'infinity'),"
-        " (SELECT max(valid_to) FROM kne.activation WHERE model_id = $1 AND valid_to < 'infinity'))",
+        " (SELECT max(valid_to) FROM kne.activation WHERE model_id = $1 AND valid_to < 'infinity'),"
+        " (SELECT max(at) FROM kne.tag WHERE model_id = $1))",
         1,
         {INT4OID}};
     static LocalTransactionId stamps_of = InvalidLocalTransactionId;
@@ -371,7 +372,7 @@ kne_stamp(PG_FUNCTION_ARGS)
     values[0] = SPI_getbinval(trig->tg_trigtuple, desc,
                               SPI_fnumber(desc, is_fact ? "fact_id" : "activation_id"), &isnull);
     model_id = SPI_getbinval(trig->tg_trigtuple, desc, SPI_fnumber(desc, "model_id"), &isnull);
-    values[1] = TimestampTzGetDatum(stamp_of(DatumGetInt32(model_id)));
+    values[1] = TimestampTzGetDatum(kne_stamp_of(DatumGetInt32(model_id)));
     kne_spi_connect();
     kne_spi(&plans[is_fact][ends], KNE_WRITE, values, NULL);
     kne_spi_finish();

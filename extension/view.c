@@ -26,6 +26,18 @@ StaticAssertDecl(PG_SHA256_DIGEST_LENGTH == 32, "digests are SHA-256");
 
 /* ---------------------------------------------------------------- the set */
 
+void
+kne_sha256_of(const void *data, size_t len, uint8 out[32])
+{
+    pg_cryptohash_ctx *ctx = pg_cryptohash_create(PG_SHA256);
+
+    if (ctx == NULL)
+        ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
+    if (pg_cryptohash_init(ctx) < 0 || pg_cryptohash_update(ctx, data, len) < 0 || pg_cryptohash_final(ctx, out, 32) < 0)
+        elog(ERROR, "could not compute SHA-256");
+    pg_cryptohash_free(ctx);
+}
+
 /* SHA-256 over (i64 edit_id, digest) of each pair; zeros for none (kne_protocol.h). */
 static void
 digest_set(KneView *v)

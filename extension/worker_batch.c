@@ -378,6 +378,7 @@ compute(KneBatch *batch)
     kne_put_view(&w, view);
     after_view = w.len;
     kne_put_edit_body(&w, view->model, batch->options, batch->n, spec);
+    batch->again = kne_what_was_asked(view, batch->options, batch->edit_id, batch->n, w.p + after_view, w.len - after_view);
     kne_commit();
 
     look_again = batch->consolidation != 0; /* it may have been cancelled before it was at work */

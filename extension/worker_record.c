@@ -316,11 +316,11 @@ kne_put_solution(const KneBatch *batch, const KneJob *job)
     static const char sql[] =
         "INSERT INTO kne.solution (edit_id, generation, model_id, digest, n_neurons, n_rows, norm, answer_before,"
         " p_before, p_after, steps, attribute_seconds, optimise_seconds, provenance, consolidation_id)"
-        " VALUES ($1, $14, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13::jsonb, nullif($15, 0))";
+        " VALUES ($1, $14, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13::jsonb || $16::jsonb, nullif($15, 0))";
     static const Oid types[] = {INT8OID, INT4OID, BYTEAOID, INT4OID, INT4OID, FLOAT8OID, TEXTOID, FLOAT8OID, FLOAT8OID,
-        INT4OID, FLOAT8OID, FLOAT8OID, TEXTOID, INT4OID, INT8OID};
+        INT4OID, FLOAT8OID, FLOAT8OID, TEXTOID, INT4OID, INT8OID, TEXTOID};
     bytea *digest = palloc(VARHDRSZ + sizeof(job->digest));
-    Datum  values[15];
+    Datum  values[16];
 
     SET_VARSIZE(digest, VARHDRSZ + sizeof(job->digest));
     memcpy(VARDATA(digest), job->digest, sizeof(job->digest));
@@ -339,7 +339,8 @@ kne_put_solution(const KneBatch *batch, const KneJob *job)
     values[12] = CStringGetTextDatum(batch->provenance);
     values[13] = Int32GetDatum(job->generation);
     values[14] = Int64GetDatum(batch->consolidation);
-    kne_sql(sql, 15, types, values, NULL);
+    values[15] = CStringGetTextDatum(batch->again);
+    kne_sql(sql, 16, types, values, NULL);
     put_ensemble(job);
     put_deltas(job);
 }
