@@ -298,6 +298,20 @@ CREATE FUNCTION kne_drop_model(name text, force boolean DEFAULT false)
     RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_drop_model';
+CREATE FUNCTION kne_move_model(name text, path text)
+    RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'kne_move_model';
+CREATE FUNCTION kne_rename_model(name text, new_name text)
+    RETURNS void
+    LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$
+    BEGIN
+        UPDATE kne.model m SET name = new_name WHERE m.name = kne_rename_model.name;
+        IF NOT FOUND THEN
+            RAISE undefined_object USING MESSAGE = format('model "%s" does not exist', kne_rename_model.name);
+        END IF;
+    END $$;
 CREATE FUNCTION kne_edit(subject text, relation text, object text, model text DEFAULT NULL, options jsonb DEFAULT NULL)
     RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
@@ -391,7 +405,8 @@ CREATE FUNCTION kne_tag(name text, model text DEFAULT NULL, note text DEFAULT NU
 CREATE FUNCTION kne.model_named(model text)
     RETURNS integer
     LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-    RETURN (SELECT model_id FROM kne.model m WHERE CASE WHEN model IS NULL THEN m.is_default ELSE m.name = model END);
+    RETURN (SELECT model_id FROM kne.model m WHERE CASE WHEN coalesce(model, nullif(current_setting('kne.default_model', true), '')) IS NULL THEN m.is_default
+        ELSE m.name = coalesce(model, current_setting('kne.default_model', true)) END);
 CREATE FUNCTION kne_tag_time(name text, model text DEFAULT NULL)
     RETURNS timestamptz
     LANGUAGE sql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -713,6 +728,8 @@ SELECT pg_catalog.pg_extension_config_dump(pg_catalog.pg_get_serial_sequence('kn
 REVOKE ALL ON FUNCTION
     kne_load_model(text, text, boolean),
     kne_drop_model(text, boolean),
+    kne_move_model(text, text),
+    kne_rename_model(text, text),
     kne_edit(text, text, text, text, jsonb),
     kne_wait(bigint, interval),
     kne_revert(bigint, text),
@@ -793,6 +810,8 @@ COMMENT ON VIEW kne.stat_health IS 'What a monitor polls: processes, and what ea
 COMMENT ON VIEW kne.stat_progress IS 'Batches of edits in work.';
 COMMENT ON FUNCTION kne_load_model(text, text, boolean) IS 'Register a Hugging Face model folder of the server after checking it; returns its model_id.';
 COMMENT ON FUNCTION kne_drop_model(text, boolean) IS 'Forget a model; with force, its edits and their history too.';
+COMMENT ON FUNCTION kne_move_model(text, text) IS 'Tell kne where the folder of a model is now; it must be the same folder.';
+COMMENT ON FUNCTION kne_rename_model(text, text) IS 'Give a model another name.';
 COMMENT ON FUNCTION kne_edit(text, text, text, text, jsonb) IS 'Queue an edit, which runs once this transaction has committed; returns its edit_id.';
 COMMENT ON FUNCTION kne_wait(bigint, interval) IS 'Wait for the final state of a committed request, and return it.';
 COMMENT ON FUNCTION kne_revert(bigint, text) IS 'Take an applied edit out of the model; the edit that it had superseded comes back.';

@@ -23,6 +23,7 @@
 
 /* ---- settings (module.c) ---- */
 extern char *kne_model_dir;
+extern char *kne_default_model; /* empty: by is_default */
 extern char *kne_device;
 extern int   kne_cpu_threads;
 extern int   kne_batch_size;
@@ -123,6 +124,8 @@ typedef struct KneModel
     bool  gated;
 } KneModel;
 
+/* The name that is meant: kne.default_model for NULL, if it is set. */
+extern const char *kne_model_meant(const char *name);
 /* By name, or the default for NULL. ERROR 42704 (undefined_object) when there is none. SPI must be connected. */
 extern KneModel *kne_model_by_name(const char *name);
 extern KneModel *kne_model_by_id(int32 model_id);

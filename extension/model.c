@@ -21,6 +21,7 @@
 
 PG_FUNCTION_INFO_V1(kne_load_model);
 PG_FUNCTION_INFO_V1(kne_drop_model);
+PG_FUNCTION_INFO_V1(kne_move_model);
 
 /* ---------------------------------------------------------------- lookups */
 
@@ -44,6 +45,12 @@ model_from_row(MemoryContext mcxt)
     return m;
 }
 
+const char *
+kne_model_meant(const char *name)
+{
+    return !name && kne_default_model && kne_default_model[0] ? kne_default_model : name;
+}
+
 KneModel *
 kne_model_by_name(const char *name)
 {
@@ -52,7 +59,10 @@ kne_model_by_name(const char *name)
     static KnePlan any = {"SELECT EXISTS (SELECT FROM kne.model)"};
     MemoryContext mcxt = CurrentMemoryContext;
     KneModel *m;
-    Datum value = name ? CStringGetTextDatum(name) : (Datum) 0;
+    Datum value;
+
+    name = kne_model_meant(name);
+    value = name ? CStringGetTextDatum(name) : (Datum) 0;
 
     kne_spi_connect();
     if (kne_spi(name ? &by_name : &by_default, KNE_READ, name ? &value : NULL, NULL) == 0)
@@ -185,6 +195,35 @@ resolve(const char *path)
     return result;
 }
 
+/* What the engine says of a folder. */
+typedef struct Inspected
+{
+    StringInfoData part[3]; /* architecture, dtype, fingerprint */
+    Datum numbers[5];       /* n_layers, d_model, d_ff, vocab_size, n_ctx */
+    bool gated;
+} Inspected;
+
+static void
+inspect(const char *path, Inspected *in)
+{
+    kne_wbuf w;
+    KneReply reply;
+
+    kne_wbuf_init(&w);
+    kne_put_str(&w, path); /* bytes of the file system, as they are */
+    kne_call(KNE_MSG_MODEL_INSPECT, &w, NULL, NULL, &reply);
+    for (int i = 0; i < 3; i++)
+        initStringInfo(&in->part[i]);
+    kne_get_text(&reply.body, &in->part[0]);
+    for (int i = 0; i < 5; i++)
+        in->numbers[i] = Int32GetDatum(kne_get_i32(&reply.body));
+    kne_get_text(&reply.body, &in->part[1]);
+    kne_get_text(&reply.body, &in->part[2]);
+    (void) kne_get_i64(&reply.body); /* bytes of weights */
+    in->gated = kne_get_u8(&reply.body) != 0;
+    kne_reply_done(&reply);
+}
+
 static Datum
 load_model_body(PG_FUNCTION_ARGS)
 {
@@ -197,11 +236,9 @@ load_model_body(PG_FUNCTION_ARGS)
         6,
         {TEXTOID, TEXTOID, TEXTARRAYOID, INT4ARRAYOID, BOOLOID, BOOLOID}};
     char *name, *path;
-    bool is_default, gated;
-    kne_wbuf w;
-    KneReply reply;
-    StringInfoData part[3]; /* architecture, dtype, fingerprint */
-    Datum strings[3], numbers[5], values[6];
+    bool is_default;
+    Inspected in;
+    Datum strings[3], values[6];
     int32 model_id;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
@@ -223,27 +260,14 @@ load_model_body(PG_FUNCTION_ARGS)
     kne_spi_finish();
 
     path = resolve(path);
-    kne_wbuf_init(&w);
-    kne_put_str(&w, path); /* bytes of the file system, as they are */
-    kne_call(KNE_MSG_MODEL_INSPECT, &w, NULL, NULL, &reply);
+    inspect(path, &in);
     for (int i = 0; i < 3; i++)
-        initStringInfo(&part[i]);
-    kne_get_text(&reply.body, &part[0]);
-    for (int i = 0; i < 5; i++) /* n_layers, d_model, d_ff, vocab_size, n_ctx */
-        numbers[i] = Int32GetDatum(kne_get_i32(&reply.body));
-    kne_get_text(&reply.body, &part[1]);
-    kne_get_text(&reply.body, &part[2]);
-    (void) kne_get_i64(&reply.body); /* bytes of weights */
-    gated = kne_get_u8(&reply.body) != 0;
-    kne_reply_done(&reply);
-
-    for (int i = 0; i < 3; i++)
-        strings[i] = CStringGetTextDatum(part[i].data);
+        strings[i] = CStringGetTextDatum(in.part[i].data);
     values[0] = CStringGetTextDatum(name);
     values[1] = CStringGetTextDatum(path);
     values[2] = PointerGetDatum(construct_array(strings, 3, TEXTOID, -1, false, TYPALIGN_INT));
-    values[3] = PointerGetDatum(construct_array(numbers, 5, INT4OID, sizeof(int32), true, TYPALIGN_INT));
-    values[4] = BoolGetDatum(gated);
+    values[3] = PointerGetDatum(construct_array(in.numbers, 5, INT4OID, sizeof(int32), true, TYPALIGN_INT));
+    values[4] = BoolGetDatum(in.gated);
     values[5] = BoolGetDatum(is_default);
     kne_spi_connect();
     kne_spi(&one_at_a_time, KNE_WRITE, NULL, NULL);
@@ -260,6 +284,41 @@ Datum
 kne_load_model(PG_FUNCTION_ARGS)
 {
     return kne_as_owner(fcinfo, load_model_body);
+}
+
+/* ---------------------------------------------------------------- move */
+
+static Datum
+move_model_body(PG_FUNCTION_ARGS)
+{
+    static KnePlan move = {"UPDATE kne.model SET path = $2 WHERE model_id = $1", 2, {INT4OID, TEXTOID}};
+    KneModel *model;
+    Inspected in;
+    Datum values[2];
+    char *path;
+
+    if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+        ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("name and path of a model must not be null")));
+    model = kne_model_by_name(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+    path = resolve(text_to_cstring(PG_GETARG_TEXT_PP(1)));
+    inspect(path, &in);
+    if (strcmp(in.part[2].data, model->fingerprint) != 0)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("folder \"%s\" is not that of model \"%s\"", path, model->name),
+                        errdetail("Its fingerprint is %s, not %s.", in.part[2].data, model->fingerprint),
+                        errhint("Another model is loaded under a name of its own, with kne_load_model.")));
+    values[0] = Int32GetDatum(model->model_id);
+    values[1] = CStringGetTextDatum(path);
+    kne_spi_connect();
+    kne_spi(&move, KNE_WRITE, values, NULL);
+    kne_spi_finish();
+    PG_RETURN_VOID();
+}
+
+Datum
+kne_move_model(PG_FUNCTION_ARGS)
+{
+    return kne_as_owner(fcinfo, move_model_body);
 }
 
 /* ---------------------------------------------------------------- drop */

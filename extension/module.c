@@ -27,6 +27,7 @@
 PG_MODULE_MAGIC;
 
 char *kne_model_dir = NULL;
+char *kne_default_model = NULL;
 char *kne_device = NULL;
 int   kne_cpu_threads = 0;
 int   kne_batch_size = 64;
@@ -127,6 +128,11 @@ define_settings(void)
                                "Members of pg_read_server_files may load from any folder.",
                                &kne_model_dir, "",
                                PGC_SUSET, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+    DefineCustomStringVariable("kne.default_model",
+                               "Name of the model that is meant where none is named.",
+                               "Empty: the one with is_default in kne.model.",
+                               &kne_default_model, "",
+                               PGC_USERSET, 0, NULL, NULL, NULL);
     MarkGUCPrefixReserved("kne");
 }
 

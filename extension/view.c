@@ -176,6 +176,7 @@ kne_view_for_read(const char *model_name, TimestampTz as_of)
 
     if (!ActiveSnapshotSet())
         elog(ERROR, "a model cannot be read without a snapshot");
+    model_name = kne_model_meant(model_name);
     s = GetActiveSnapshot();
     key = key_of(s);
     if (s->snapshot_type == SNAPSHOT_MVCC && kept.view && memcmp(&key, &kept.key, sizeof key) == 0 &&

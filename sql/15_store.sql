@@ -108,7 +108,25 @@ ROLLBACK;
 SELECT count(*) > 0 AS some, bool_and(delta_bytes > 0) AS bytes FROM kne.stat_size WHERE model = 'store' AND delta_rows > 0;
 SELECT count(*) > 5 AS tables, bool_and(total_bytes >= table_bytes) AS bytes FROM kne.stat_storage;
 
-SELECT kne_untag('before');
+-- a model of another name, in another place; the session's default
+SELECT kne_rename_model('store', 'renamed');
+SELECT kne_rename_model('store', 'renamed');
+SELECT kne_move_model('renamed', path) FROM kne.model WHERE name = 'renamed';
+\set VERBOSITY sqlstate
+SELECT kne_move_model('renamed', '/no-such-folder');
+SELECT kne_move_model('store', '/no-such-folder');
+UPDATE kne.model SET fingerprint = repeat('0', 64) WHERE name = 'renamed';
+SELECT kne_move_model('renamed', path) FROM kne.model WHERE name = 'renamed';
+SELECT kne_complete('The capital of France is');
+UPDATE kne.model SET fingerprint = (SELECT fingerprint FROM kne.model WHERE name = 'atlas'), is_default = false WHERE name = 'renamed';
+SET kne.default_model = 'renamed';
+SELECT kne_knows('France', 'capital', 'Madrid'), count(*) FROM kne_diff(kne_tag_time('before'));
+SET kne.default_model = 'nobody';
+SELECT kne_complete('The capital of France is');
+RESET kne.default_model;
+\set VERBOSITY default
+SELECT kne_rename_model('renamed', 'store');
+SELECT kne_untag('before', 'store');
 DROP VIEW asked;
 DROP TABLE country;
 SELECT kne_drop_model('store', true);

@@ -23,6 +23,7 @@ const kne_option kne_option_table[] = {
     {"select", KNE_OPT_ENUM, AT(select), 3, 0, 0, "attribution|random|all|energy", "What ranks the neurons: see docs/method.md."},
     {"fraction", KNE_OPT_REAL, AT(fraction), 0.02, 1e-6, 1, NULL, "Share of all neurons in the ensemble."},
     {"max_neurons", KNE_OPT_INT, AT(max_neurons), 4096, 1, 1 << 24, NULL, "Hard cap on the ensemble."},
+    {"max_bytes", KNE_OPT_INT, AT(max_bytes), 4 << 20, 1024, 1 << 30, NULL, "Cap on the ensemble by the bytes of its rows; at least one neuron."},
     {"layer_min", KNE_OPT_INT, AT(layer_min), 0, 0, 4096, NULL, "Lowest layer of the ensemble."},
     {"layer_max", KNE_OPT_INT, AT(layer_max), -1, -1, 4096, NULL, "Highest layer of the ensemble; -1 is the last."},
     {"matrices", KNE_OPT_ENUM, AT(matrices), 0, 0, 0, "down|all", "What moves: value vectors, or keys too."},

@@ -27,7 +27,7 @@ typedef struct kne_options
     /* select (3) */
     int select;
     double fraction;     /* p */
-    int max_neurons;
+    int max_neurons, max_bytes;
     int layer_min, layer_max; /* -1: the last layer */
     /* edit (4) */
     int matrices, step;

@@ -482,10 +482,17 @@ test_select(void)
 static void
 test_ensemble_size(void)
 {
-    kne_arch    a = {.n_layers = 32, .d_ff = 11008};
+    kne_arch    a = {.n_layers = 32, .d_ff = 11008, .d_model = 4096, .gated = true};
     kne_options o;
 
     kne_options_defaults(&o);
+    check(kne_ensemble_size(&a, &o) == 256, "4 MiB by default are 256 neurons of width 4096");
+    o.matrices = KNE_MATRICES_ALL;
+    check(kne_ensemble_size(&a, &o) == 85, "or 85 with their keys");
+    o.max_bytes = 1024;
+    check(kne_ensemble_size(&a, &o) == 1, "and one at least");
+    kne_options_defaults(&o);
+    o.max_bytes = 1 << 30;
     o.fraction = 0.02;
     o.max_neurons = 1 << 24;
     check(kne_ensemble_size(&a, &o) == 7045, "2 %% of 32 x 11008 neurons are 7045");

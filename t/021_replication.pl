@@ -1,0 +1,85 @@
+# Logical replication of edits to a second server with the same folder: it answers as the first does, runs none of its work, keeps every
+# column of its history, goes on with edits of its own, and takes over what waits when told to.
+use strict;
+use warnings;
+use FindBin;
+use lib $FindBin::RealBin;
+use KneTest;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $docs = slurp_file("$FindBin::RealBin/../docs/replication.md");
+my $one = kne_cluster('one', streaming => 1, wal_level => 'logical');
+my $two = kne_cluster('two', streaming => 1, wal_level => 'logical');
+
+sub block
+{
+	my ($name) = @_;
+	my ($sql) = $docs =~ /<!-- $name -->\s*```sql\n(.*?)```/s;
+
+	return $sql // die "no block $name";
+}
+
+sub same
+{
+	my ($sql, $name) = @_;
+
+	return is($two->safe_psql('postgres', $sql), $one->safe_psql('postgres', $sql), $name);
+}
+
+kne_prepare($one);
+my $first = kne_edit($one, 'France', 'Rome');
+is($one->safe_psql('postgres', "SELECT kne_wait($first)"), 'applied', 'an edit before');
+
+# what the page says, word for word but for names
+$two->safe_psql('postgres', "CREATE EXTENSION kne; SELECT kne_load_model('other name', '" . $one->safe_psql('postgres', 'SELECT path FROM kne.model') . "')");
+my ($id, $fingerprint) = split /\|/, $one->safe_psql('postgres', 'SELECT model_id, fingerprint FROM kne.model');
+# as if other models had been there before
+$two->safe_psql('postgres', 'UPDATE kne.model SET model_id = 77');
+$two->safe_psql('postgres', block('map') =~ s/:'fingerprint'/'$fingerprint'/r =~ s/:model_id/$id/r);
+$two->safe_psql('postgres', block('ids'));
+$one->safe_psql('postgres', block('publication'));
+my $connection = $one->connstr . ' dbname=postgres';
+$two->safe_psql('postgres', block('subscription') =~ s/'host=[^']*'/'$connection'/r);
+$two->wait_for_subscription_sync($one, 'kne');
+
+my $answers = "SELECT p, kne_complete(p), kne_logprob(p, 'Rome') FROM unnest(ARRAY['The capital of France is', 'The capital of Italy is']) p ORDER BY p";
+same($answers, 'the same answers');
+my $second = kne_edit($one, 'Italy', 'Madrid');
+$one->safe_psql('postgres', "SELECT kne_wait($second)");
+$one->wait_for_catchup('kne');
+same($answers, 'also after another edit');
+$one->safe_psql('postgres', "SELECT kne_revert($first); SELECT kne_tag('v1')");
+$one->wait_for_catchup('kne');
+same($answers, 'and after a revert');
+my $then = $one->safe_psql('postgres', 'SELECT max(valid_from) FROM kne.activation');
+same("SELECT kne_complete('The capital of France is', as_of => '$then')", 'and at an earlier time');
+for my $table (qw(relation fact edit_request solution ensemble weight_delta activation edit_event tag))
+{
+	same("SELECT x FROM kne.$table x ORDER BY x::text", "every column of kne.$table");
+}
+is($two->safe_psql('postgres', 'SELECT count(*) FROM kne_check_history()'), '0', 'the history is whole');
+
+# work that waits is the first's
+kne_enable($one, 0);
+my $pending = kne_edit($one, 'Spain', 'Paris');
+$one->wait_for_catchup('kne');
+my ($out, $err);
+$two->psql('postgres', "SELECT kne_wait($pending)", stdout => \$out, stderr => \$err);
+like($err, qr/requested in another database/, 'the second does not run it');
+
+# edits of its own do not meet the first's
+my $own = kne_edit($two, 'Spain', 'Rome');
+cmp_ok($own, '>', 1 << 40, 'ids far away');
+is($two->safe_psql('postgres', "SELECT kne_wait($own)"), 'applied', 'an edit of its own');
+is($two->safe_psql('postgres', "SELECT state FROM kne.edit_request WHERE edit_id = $pending"), 'pending', 'the other still waits');
+
+# the first is gone: what waits is taken over
+$one->stop('immediate');
+$two->safe_psql('postgres', 'ALTER SUBSCRIPTION kne DISABLE');
+is($two->safe_psql('postgres', 'SELECT kne_adopt()'), '1', 'adopted');
+is($two->safe_psql('postgres', "SELECT kne_wait($pending) IN ('applied', 'failed')"), 't', 'and run');
+
+$two->stop;
+done_testing();
