@@ -85,6 +85,13 @@ my %value = (
 	'bigint' => sub { return number('9223372036854775807') . '::bigint'; },
 	'boolean' => sub { return one_of('true', 'false', 'NULL') . '::boolean'; },
 	'jsonb' => \&json,
+	'bytea' => sub { return one_of("''", 'NULL', "'\\x00'", "decode(repeat('ff', 100000), 'hex')") . '::bytea'; },
+	'name' => sub { return one_of("''", 'NULL', "'oid'", "repeat('n', 100)", "'no such'", "'\"'") . '::name'; },
+	'regclass' => sub { return one_of("'pg_catalog.pg_class'", 'NULL', "'0'", "'4294967295'", "'no_such'") . '::regclass'; },
+	'bigint[]' => sub { return one_of("'{}'", "'{NULL}'", "'{{1,2},{3,4}}'", "'{-1}'", "'{9223372036854775807}'", "'[5:6]={1,1}'", 'NULL') . '::bigint[]'; },
+	'text[]' => sub {
+		return one_of("'{}'", "'{NULL}'", "'{{a,b},{c,d}}'", "'{\"\"}'", "'[5:6]={France,Italy}'", 'NULL', "array_fill('x'::text, '{5000}')", "ARRAY[repeat('y', 1000000)]") . '::text[]';
+	},
 	'interval' => sub { return one_of("'0'", "'10 ms'", "'-1 s'", "'178000000 years'", 'NULL', "'-178000000 years'", "'1 month -30 days'") . '::interval'; },
 	'timestamp with time zone' => sub { return one_of("now() - interval '1 s'", 'now()', "'infinity'", "'-infinity'", "'4714-11-24 BC'", "'294276-12-31'", 'NULL', 'clock_timestamp()') . '::timestamptz'; },
 	'integer[]' => sub {
