@@ -18,7 +18,7 @@ mkdir -p "$dir"
 lines=$dir/eval.tsv
 : >"$lines"
 
-# The methods compared: name, options. Learning rates of plain Adam were chosen on other edits.
+# The methods compared: name, options. Learning rates of the others are usual ones, not tuned here.
 methods() {
     cat <<'LIST'
 kne {}
