@@ -9,6 +9,7 @@ use Cwd qw(abs_path);
 use FindBin;
 use lib $FindBin::RealBin;
 use KneTest;
+use List::Util qw(shuffle);
 use POSIX ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
@@ -204,7 +205,7 @@ ok(up(), 'all is well before');
 while (time() < $end && !@wrong)
 {
 	# each once, in a random order, before any comes again
-	@bag = sort { rand() <=> 0.5 } sort keys %kills unless @bag;
+	@bag = shuffle(sort keys %kills) unless @bag;
 	my $what = shift @bag;
 
 	usleep(1_000_000 * rand());
