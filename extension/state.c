@@ -9,7 +9,7 @@
  * transaction has ended: stamps are in commit order, and greater than any earlier stamp of the model even
  * when the clock went backwards. All rows that one transaction changes of a model get the same stamp. Rows
  * that come with a time (a restored dump) keep it: only INSERTs of 'infinity' and UPDATEs that end a row
- * queue the trigger (see the WHEN clauses in kne--0.1.sql), and the trigger's own updates are neither.
+ * queue the trigger (see the WHEN clauses in kne--X.Y.sql), and the trigger's own updates are neither.
  */
 #include "kne_sql.h"
 

@@ -106,6 +106,8 @@ SELECT edit_id = :last AS this, problem FROM kne_check_history() WHERE edit_id =
 ROLLBACK;
 
 SELECT count(*) > 0 AS some, bool_and(delta_bytes > 0) AS bytes FROM kne.stat_size WHERE model = 'store' AND delta_rows > 0;
+SELECT m.bytes_in_force = sum(s.delta_bytes) FILTER (WHERE s.in_force) AS the_same, m.bytes_kept = sum(s.delta_bytes) FILTER (WHERE NOT s.in_force) AS too
+FROM kne.stat_model m JOIN kne.stat_size s USING (model) WHERE model = 'store' GROUP BY m.bytes_in_force, m.bytes_kept;
 SELECT count(*) > 5 AS tables, bool_and(total_bytes >= table_bytes) AS bytes FROM kne.stat_storage;
 
 -- a model of another name, in another place; the session's default

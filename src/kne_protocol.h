@@ -21,7 +21,7 @@
 #define KNE_PROTOCOL_H
 
 #define KNE_PROTOCOL_VERSION 1
-#define KNE_ENGINE_VERSION "0.1.0"
+#define KNE_ENGINE_VERSION "0.2.0"
 #define KNE_SECRET_LEN 32
 
 enum kne_msg

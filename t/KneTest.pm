@@ -25,6 +25,7 @@ my $model = $ENV{KNE_TEST_MODEL} // abs_path("$FindBin::RealBin/../models/atlas"
 our $quick = '{"step": "adam", "contrast": 0, "anchors": 0, "protect": 0, "reference": 1, "select": "all", "lr": 0.003, "max_steps": 60}';
 
 sub quick { return $quick; }
+sub model { return $model; }
 
 sub kne_cluster
 {

@@ -14,7 +14,9 @@ version=$(sed -n "s/^default_version *= *'\(.*\)'/\1/p" kne.control)
 check "a full install script of the default version" "$(ls extension/kne--$version.sql)" "extension/kne--$version.sql"
 check "META.json's version" "$(sed -n 's/^ *"version": "\([0-9.]*\)".*/\1/p' META.json | head -1)" "$version.0"
 check "the changelog's newest version" "$(sed -n 's/^## \([0-9.]*\).*/\1/p' CHANGELOG.md | head -1)" "$version"
-check "no CREATE OR REPLACE, no IF NOT EXISTS in scripts" "$(grep -ciE 'create or replace|if not exists' extension/*.sql)" 0
+check "no CREATE OR REPLACE, no IF NOT EXISTS in install scripts" \
+      "$(ls extension/kne--*.sql | grep -v -- '--.*--' | xargs cat | grep -ciE 'create or replace|if not exists')" 0
+check "the script of 0.1 is as it was released" "$(cksum <extension/kne--0.1.sql)" "3671838261 64755"
 check "no exit, abort or assert in the engine outside main" \
       "$(grep -nE '\b(exit|abort|assert)\(' src/*.c src/*.h | grep -vE 'src/kne_main.c|_exit\(|^\S+\s*(/?\*|//)' | wc -l)" 0
 check "the engine includes no PostgreSQL header" "$(grep -lE '#include "(postgres|utils|storage|libpq)' src/*.[ch] | wc -l)" 0
