@@ -34,7 +34,7 @@ report() {
         WITH r AS (SELECT * FROM kne.edit_request WHERE edit_id > $2 AND state IN ('applied', 'failed')),
              s AS (SELECT coalesce(sum(attribute_seconds), 0) AS a, coalesce(sum(optimise_seconds), 0) AS o
                    FROM (SELECT attribute_seconds / batch AS attribute_seconds, optimise_seconds / batch AS optimise_seconds FROM (
-                       SELECT attribute_seconds, optimise_seconds, greatest(1, (provenance->>'batch')::int) AS batch
+                       SELECT attribute_seconds, optimise_seconds, greatest(1, jsonb_array_length(provenance->'batch')) AS batch
                        FROM kne.solution WHERE edit_id > $2) x) y),
              w AS (SELECT count(*) AS n, coalesce(sum(pg_column_size(d.*)), 0) AS bytes FROM kne.weight_delta d WHERE edit_id > $2),
              e AS (SELECT count(*) AS n, coalesce(sum(pg_column_size(d.*)), 0) AS bytes FROM kne.ensemble d WHERE edit_id > $2),

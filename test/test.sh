@@ -18,7 +18,9 @@ tally() {
     fi
     if [ "$not" != 0 ]; then
         grep -vE '^ok ' "$log" | tail -60
-        { echo "== $1"; grep -E '^not ok |^#   |Dubious|died' "$log" | head -20 || echo "exit status $2"; } >>"$failures"
+        { echo "== $1, exit status $2"
+          awk '/^not ok / { show = 12 } /^ok / { show = 0 } show-- > 0 || /Failed test|got:|expected:|ERROR|error:|Dubious|died/' "$log" |
+              cut -c1-300 | head -60; } >>"$failures"
     fi
     printf '%-28s %4d passed %3d failed %3d skipped\n' "$1" "$ok" "$not" "$skip"
     passed=$((passed + ok)) failed=$((failed + not)) skipped=$((skipped + skip))
