@@ -210,38 +210,45 @@ report(KneReply *reply, const KneView *view, const char *path, const char *forma
 
 /* ---------------------------------------------------------------- kne_export */
 
-static Datum
-export_body(PG_FUNCTION_ARGS)
+static const char *const formats[] = {"huggingface", "peft"}; /* enum kne_export_format */
+
+Datum
+kne_export_view(const KneView *view, const char *given, uint8 format, char **path)
 {
-    static const char *const formats[] = {"huggingface", "peft"}; /* enum kne_export_format */
-    char *given, *format, *path;
-    KneView *view;
-    uint8 code;
     kne_wbuf w;
     KneReply reply;
 
+    if (!has_privs_of_role(kne_caller_id(), ROLE_PG_WRITE_SERVER_FILES))
+        ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("permission denied to write files of the server"),
+                        errdetail("Only members of pg_write_server_files export models.")));
+    *path = resolve(given, view->model);
+    kne_wbuf_init(&w);
+    kne_put_view(&w, view);
+    kne_put_str(&w, *path);
+    kne_put_u8(&w, format);
+    kne_put_text(&w, card(view, format == KNE_EXPORT_PEFT));
+    kne_call_view(view, KNE_MSG_EXPORT, &w, NULL, NULL, &reply);
+    return report(&reply, view, *path, formats[format]);
+}
+
+static Datum
+export_body(PG_FUNCTION_ARGS)
+{
+    char *format, *path;
+    KneView *view;
+    uint8 code;
+
     if (PG_ARGISNULL(0) || PG_ARGISNULL(2))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("path and format of an export must not be null")));
-    given = text_to_cstring(PG_GETARG_TEXT_PP(0));
     format = text_to_cstring(PG_GETARG_TEXT_PP(2));
     for (code = 0; code < lengthof(formats) && strcmp(format, formats[code]) != 0;)
         code++;
     if (code == lengthof(formats))
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("\"%s\" is not a format of exports", format),
                         errhint("The formats are \"huggingface\" and \"peft\".")));
-    if (!has_privs_of_role(kne_caller_id(), ROLE_PG_WRITE_SERVER_FILES))
-        ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("permission denied to write files of the server"),
-                        errdetail("Only members of pg_write_server_files export models.")));
     kne_require_preload();
     view = kne_view_for_read(PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)), kne_as_of_arg(fcinfo, 3));
-    path = resolve(given, view->model);
-    kne_wbuf_init(&w);
-    kne_put_view(&w, view);
-    kne_put_str(&w, path);
-    kne_put_u8(&w, code);
-    kne_put_text(&w, card(view, code == KNE_EXPORT_PEFT));
-    kne_call_view(view, KNE_MSG_EXPORT, &w, NULL, NULL, &reply);
-    PG_RETURN_DATUM(report(&reply, view, path, format));
+    return kne_export_view(view, text_to_cstring(PG_GETARG_TEXT_PP(0)), code, &path);
 }
 
 Datum

@@ -27,6 +27,7 @@ extern char *kne_default_model; /* empty: by is_default */
 extern char *kne_device;
 extern int   kne_cpu_threads;
 extern int   kne_batch_size;
+extern int   kne_batch_bytes; /* kB */
 extern int   kne_max_attempts;
 extern bool  kne_enabled;
 extern int   kne_idle_timeout; /* seconds */
@@ -122,6 +123,7 @@ typedef struct KneModel
     char *name, *path, *fingerprint;
     int32 n_layers, d_model, d_ff, n_ctx;
     bool  gated;
+    TimestampTz rebased_at; /* edits before it are in the base, and no earlier state can be had; DT_NOBEGIN: never */
 } KneModel;
 
 /* The name that is meant: kne.default_model for NULL, if it is set. */
@@ -196,8 +198,8 @@ extern char *kne_options_resolved(int32 model_id, const char *fallback);
 
 /* Append the texts of kne.health_text: n * str; returns n. */
 extern int kne_put_health_texts(kne_wbuf *w);
-/* Edits with these options (JSON text or NULL) run one by one. */
-extern bool kne_options_guarded(const char *options_json);
+/* How many edits with these options (JSON text or NULL) may be solved together for their rows to stay within kne.batch_bytes; at least 1. */
+extern int kne_batch_most(const char *options_json, const KneModel *model);
 
 /* ---- states of edits (state.c): all SPI, in the caller's transaction ---- */
 extern void kne_event(int64 edit_id, const char *event, const char *detail_json);

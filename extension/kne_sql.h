@@ -83,6 +83,8 @@ extern void kne_options_from_jsonb(Jsonb *j, kne_options *out);
 /* ERROR unless the model has the layers that the options name. */
 extern void kne_check_layers(const kne_options *options, const KneModel *model);
 extern void kne_options_from_text(const char *json, kne_options *out);
+/* The same of options that were checked by another version: what this one does not allow is passed by. */
+extern void kne_options_known(const char *json, kne_options *out);
 
 /* Text in the server's encoding, sent as UTF-8. */
 extern void kne_put_text(kne_wbuf *w, const char *s);
@@ -102,6 +104,13 @@ extern TimestampTz kne_as_of_arg(FunctionCallInfo fcinfo, int n);
 
 /* The view that a reading function answers from: kept between calls of one snapshot (view.c). */
 extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
+
+/* Have the engine write a view to a new folder, as kne_export; checks that the caller may. Returns its answer; *path: the real one. */
+extern Datum kne_export_view(const KneView *view, const char *given, uint8 format, char **path);
+/* A model's folder that the caller may load: its real path and its fingerprint. */
+extern char *kne_model_folder(const char *path, char **fingerprint);
+/* ERROR when the edit is part of its model's base since a rebase, from which nothing is taken out. SPI connected. */
+extern void kne_check_not_in_base(int64 edit_id);
 
 /* The same from a function's arguments, NULL for the default model and for now. ERROR when kne is not preloaded. */
 extern KneView *kne_view_args(FunctionCallInfo fcinfo, int model, int as_of);

@@ -340,15 +340,16 @@ kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_json, int n_
     MemoryContextDelete(mcxt);
 }
 
-/* Measured one by one: it must be known whose damage it is. Options of another version are for others to refuse. */
-bool
-kne_options_guarded(const char *options_json)
+/* With max_damage 1: whose damage it is must be known. Options of another version are for the engine to refuse. */
+int
+kne_batch_most(const char *options_json, const KneModel *m)
 {
-    JsonbValue *v = NULL;
+    kne_options o;
+    int64 bytes;
 
-    if (options_json)
-        v = getKeyJsonValueFromContainer(&DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(options_json)))->root,
-                                         "max_damage", strlen("max_damage"), NULL);
-    return v && v->type == jbvNumeric &&
-           strtod(DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(v->val.numeric))), NULL) > 0;
+    kne_options_known(options_json, &o);
+    if (o.max_damage > 0)
+        return 1;
+    bytes = kne_options_bytes(&o, m->n_layers, m->d_model, m->d_ff, m->gated);
+    return (int) Max(1, kne_batch_bytes * INT64CONST(1024) / bytes);
 }

@@ -31,6 +31,7 @@ char *kne_default_model = NULL;
 char *kne_device = NULL;
 int   kne_cpu_threads = 0;
 int   kne_batch_size = 64;
+int   kne_batch_bytes = 256 * 1024;
 int   kne_max_attempts = 3;
 bool  kne_enabled = true;
 int   kne_idle_timeout = 30;
@@ -92,6 +93,11 @@ define_settings(void)
                             NULL,
                             &kne_autoconsolidate_threshold, 50, 0, INT_MAX,
                             PGC_SIGHUP, 0, NULL, NULL, NULL);
+    DefineCustomIntVariable("kne.batch_bytes",
+                            "Most that the rows of a batch of edits may come to.",
+                            "What an edit may come to is known from its options and the model; one edit always runs.",
+                            &kne_batch_bytes, 256 * 1024, 64, INT_MAX,
+                            PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);
     DefineCustomIntVariable("kne.batch_size",
                             "Most edits that are solved together.",
                             "Edits of one batch share every pass over the model.",
@@ -236,6 +242,7 @@ wake_worker(bool prepared)
     if (latch)
         SetLatch(latch);
     LWLockRelease(&kne_shared->lock);
+    ereport(DEBUG1, (errmsg_internal("kne: a worker is woken")));
 }
 
 static void

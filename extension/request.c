@@ -39,6 +39,7 @@ PG_FUNCTION_INFO_V1(kne_fact_before);
 
 /* Subject and relation are in an index, which has room for a third of a page. */
 #define MAX_KEY_BYTES 1000
+#define MAX_OBJECT_BYTES 65536 /* a batch holds many */
 
 static void
 check_fact(const char *subject, const char *relation, const char *object)
@@ -50,6 +51,9 @@ check_fact(const char *subject, const char *relation, const char *object)
         ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
                         errmsg("%s is too long", strlen(subject) > MAX_KEY_BYTES ? "subject" : "relation"),
                         errdetail("Subject and relation have at most %d bytes each.", MAX_KEY_BYTES)));
+    if (strlen(object) > MAX_OBJECT_BYTES)
+        ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED), errmsg("object is too long"),
+                        errdetail("It has at most %d bytes.", MAX_OBJECT_BYTES)));
 }
 
 /* Would nobody ever run it? Say so rather than let it wait. */
@@ -391,6 +395,20 @@ reinstate(const Request *r, int64 reverted)
 }
 
 void
+kne_check_not_in_base(int64 edit_id)
+{
+    static KnePlan in_base = {
+        "SELECT FROM kne.solution WHERE edit_id = $1 AND provenance ? 'rebase'", 1, {INT8OID}};
+    Datum id = Int64GetDatum(edit_id);
+
+    if (kne_spi(&in_base, KNE_WRITE, &id, NULL) > 0)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("edit " INT64_FORMAT " is part of its model's base and cannot be reverted", edit_id),
+                        errdetail("The model was rebased when the edit was in force."),
+                        errhint("kne_edit asks for another object; kne.rebase has the folder of the earlier base.")));
+}
+
+void
 kne_revert_edit(int64 edit_id, const char *reason)
 {
     static KnePlan end_pair = {
@@ -426,6 +444,7 @@ kne_revert_edit(int64 edit_id, const char *reason)
                         strcmp(r.state, "pending") == 0 || strcmp(r.state, "running") == 0
                             ? errhint("kne_cancel takes back a request that has not finished.")
                             : 0));
+    kne_check_not_in_base(edit_id);
     values[0] = Int64GetDatum(edit_id);
     kne_spi(&end_pair, KNE_WRITE, values, NULL);
     kne_spi(&end_fact, KNE_WRITE, values, NULL);
@@ -490,6 +509,7 @@ kne_revert_edits(int64 *edit_id, int n, const char *reason)
             lock_fact(edit_id[i], &r);
             if (pass == 0 && strcmp(r.state, "superseded") == 0)
             {
+                kne_check_not_in_base(edit_id[i]);
                 kne_spi(&set_state, KNE_WRITE, &id, NULL);
                 kne_event_user(edit_id[i], "reverted", "reason", reason);
             }

@@ -415,8 +415,9 @@ clipped(const JsonbValue *v)
     return pnstrdup(v->val.string.val, pg_mbcliplen(v->val.string.val, v->val.string.len, MAX_OPTION_BYTES));
 }
 
-void
-kne_options_from_jsonb(Jsonb *j, kne_options *out)
+/* `strict`: ERROR for what the table does not allow; else it is passed by. */
+static void
+options_of(Jsonb *j, bool strict, kne_options *out)
 {
     JsonbIterator *it;
     JsonbIteratorToken token;
@@ -425,6 +426,8 @@ kne_options_from_jsonb(Jsonb *j, kne_options *out)
 
     kne_options_defaults(out);
     if (j == NULL)
+        return;
+    if (!JB_ROOT_IS_OBJECT(j) && !strict)
         return;
     if (!JB_ROOT_IS_OBJECT(j))
         ereport(ERROR,
@@ -460,16 +463,22 @@ kne_options_from_jsonb(Jsonb *j, kne_options *out)
         }
         if (strcmp(name, "profile") == 0)
         {
-            if (kind != KNE_JSON_STRING)
+            if (kind != KNE_JSON_STRING && strict)
                 ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("edit option \"profile\" must be a string"),
                                 errdetail("It names a row of kne.profile.")));
             continue;
         }
-        if (kne_option_set(out, name, kind, number, string, &err) != KNE_OK)
+        if (kne_option_set(out, name, kind, number, string, &err) != KNE_OK && strict)
             throw_err(&err);
     }
-    if (kne_options_check(out, &err) != KNE_OK)
+    if (strict && kne_options_check(out, &err) != KNE_OK)
         throw_err(&err);
+}
+
+void
+kne_options_from_jsonb(Jsonb *j, kne_options *out)
+{
+    options_of(j, true, out);
 }
 
 char *
@@ -480,14 +489,22 @@ kne_options_profile(Jsonb *j)
     return v && v->type == jbvString ? pnstrdup(v->val.string.val, v->val.string.len) : NULL;
 }
 
+static Jsonb *
+jsonb_of(const char *json)
+{
+    return json && json[0] ? DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json))) : NULL;
+}
+
 void
 kne_options_from_text(const char *json, kne_options *out)
 {
-    Jsonb *j = NULL;
+    options_of(jsonb_of(json), true, out);
+}
 
-    if (json && json[0])
-        j = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
-    kne_options_from_jsonb(j, out);
+void
+kne_options_known(const char *json, kne_options *out)
+{
+    options_of(jsonb_of(json), false, out);
 }
 
 void

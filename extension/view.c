@@ -87,6 +87,11 @@ kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_wit
     Datum values[2];
     uint64 rows;
 
+    if (as_of < model->rebased_at)
+        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("model \"%s\" was rebased after that", model->name),
+                        errdetail("States before %s are not kept.", timestamptz_to_str(model->rebased_at)),
+                        errhint("kne.rebase has the folder of its earlier base.")));
+
     values[0] = Int32GetDatum(model->model_id);
     values[1] = TimestampTzGetDatum(as_of);
     kne_spi_connect();

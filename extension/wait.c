@@ -2,7 +2,7 @@
  * wait.c - waiting for what the worker does: kne_wait for an edit, kne_wait_consolidation for a consolidation.
  *
  * Both look at a row again and again, each time with a snapshot of its own that is gone before they sleep, and hold
- * nothing in between. What would never end is an error at once: a row that this transaction has written or locked,
+ * nothing in between. Who waits for longer than a second is told how far it is, less and less often. What would never end is an error at once: a row that this transaction has written or locked,
  * a request that nobody will run.
  */
 #include "kne_sql.h"
@@ -17,6 +17,9 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
+
+#define NOTICE_MS 1000      /* before the first notice, and before the second */
+#define NOTICE_MAX_MS 15000 /* between two */
 
 PG_FUNCTION_INFO_V1(kne_wait);
 PG_FUNCTION_INFO_V1(kne_wait_consolidation);
@@ -123,6 +126,21 @@ check_will_run(const char *what, int64 id, const Look *look)
                         errhint("Correct the settings kne.* and reload the configuration.")));
 }
 
+/* Its state, and what the worker of this database is at. */
+static void
+tell(const char *what, int64 id, const char *state)
+{
+    char at[sizeof kne_shared->worker[0].activity] = "";
+
+    LWLockAcquire(&kne_shared->lock, LW_SHARED);
+    for (int i = 0; i < KNE_MAX_WORKERS; i++)
+        if (kne_shared->worker[i].dboid == MyDatabaseId && kne_shared->worker[i].pid != 0)
+            strlcpy(at, kne_shared->worker[i].activity, sizeof at);
+    LWLockRelease(&kne_shared->lock);
+    ereport(NOTICE, (errmsg("%s " INT64_FORMAT " is %s; at work: %s", what, id, state,
+                            strncmp(at, "kne: ", 5) == 0 ? at + 5 : "nothing")));
+}
+
 /* When the wait ends; DT_NOEND for one longer than any server lives. */
 static TimestampTz
 deadline(const Interval *timeout)
@@ -140,10 +158,11 @@ wait_for(FunctionCallInfo fcinfo, Awaited *a)
 {
     MemoryContext mcxt = AllocSetContextCreate(CurrentMemoryContext, "kne_wait", ALLOCSET_SMALL_SIZES);
     MemoryContext old;
-    TimestampTz until;
+    TimestampTz until, tell_at;
     int64 id;
-    long nap = 10;
+    long nap = 10, silence = NOTICE_MS;
     Look look;
+    char told[sizeof look.state] = "";
 
     if (PG_ARGISNULL(0))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s_id must not be null", a->what)));
@@ -159,6 +178,7 @@ wait_for(FunctionCallInfo fcinfo, Awaited *a)
                  errdetail("Its snapshot was taken before the edit finishes, so it would not see the edit."),
                  errhint("Wait in READ COMMITTED, or outside of a transaction.")));
     until = deadline(PG_GETARG_INTERVAL_P(1));
+    tell_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), NOTICE_MS);
 
     for (;;)
     {
@@ -178,6 +198,13 @@ wait_for(FunctionCallInfo fcinfo, Awaited *a)
                             errmsg("timeout while waiting for %s " INT64_FORMAT, a->what, id),
                             errdetail("Its state is %s.", look.state),
                             errhint("It goes on, and may be waited for again. kne.stat_progress shows the work.")));
+        if (now >= tell_at || (told[0] && strcmp(told, look.state) != 0))
+        {
+            tell(a->what, id, look.state);
+            strlcpy(told, look.state, sizeof told);
+            tell_at = TimestampTzPlusMilliseconds(now, silence);
+            silence = Min(silence * 2, NOTICE_MAX_MS);
+        }
         if (until != DT_NOEND)
             nap = Max(1, Min(nap, (until - now + 999) / 1000));
         (void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, nap, PG_WAIT_EXTENSION);

@@ -194,7 +194,8 @@ again:
     values[1] = options ? CStringGetTextDatum(options) : (Datum) 0;
     nulls[1] = options ? ' ' : 'n';
     values[2] = Int64GetDatum(oldest);
-    values[3] = Int64GetDatum(unit ? PG_INT32_MAX : deaths >= KNE_DEATHS_ALONE || kne_options_guarded(options) ? 1 : Min(kne_batch_size, batch_limit));
+    values[3] = Int64GetDatum(unit ? PG_INT32_MAX : deaths >= KNE_DEATHS_ALONE ? 1
+                              : Min(Min(kne_batch_size, batch_limit), kne_batch_most(options, kne_model_by_id(model_id))));
     values[4] = Int32GetDatum(KNE_DEATHS_ALONE);
     values[5] = Int64GetDatum(unit);
     n = kne_sql(more, 6, more_types, values, nulls);

@@ -66,7 +66,7 @@ BEGIN
     PERFORM kne_load_model('outside', path, false);
     RETURN 0;
 EXCEPTION WHEN insufficient_privilege THEN
-    RAISE NOTICE 'not below kne.model_dir';
+    RAISE WARNING 'not below kne.model_dir';
     id := kne_edit('Chile', 'capital', 'Rome');
     INSERT INTO kne.edit_request (subject, relation, object) VALUES ('Chile', 'capital', 'Paris');
     RETURN id;

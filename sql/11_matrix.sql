@@ -22,7 +22,7 @@ GRANT UPDATE (is_default) ON kne.model TO kne_owner;
 
 CREATE TEMP VIEW own AS
     SELECT d.classid, d.objid FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'kne'
-    WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+    WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e' AND d.classid <> 'pg_type'::regclass -- row types, since 17
     UNION SELECT 'pg_class'::regclass, oid FROM pg_class WHERE relnamespace = 'kne'::regnamespace AND relkind = 'S';
 -- a right on columns names them, unless it is one on the whole table
 CREATE FUNCTION pg_temp.rights(who text, class oid, object oid) RETURNS text LANGUAGE sql AS $$

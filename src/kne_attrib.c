@@ -253,17 +253,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
 int32_t
 kne_ensemble_size(const kne_arch *arch, const kne_options *opt)
 {
-    int32_t top = opt->layer_max < 0 ? arch->n_layers - 1 : opt->layer_max;
-    int64_t all = (int64_t) arch->n_layers * arch->d_ff, n;
-    int64_t candidates = (int64_t) (top - opt->layer_min + 1) * arch->d_ff;
-    int64_t rows = opt->matrices == KNE_MATRICES_DOWN ? 1 : arch->gated ? 3 : 2; /* a neuron */
-    int64_t cap = opt->max_bytes / (rows * arch->d_model * (int64_t) sizeof(float));
-
-    n = opt->select == KNE_SELECT_ALL ? candidates : (int64_t) llround(opt->fraction * (double) all);
-    cap = cap < opt->max_neurons ? cap : opt->max_neurons;
-    n = n < cap || opt->select == KNE_SELECT_ALL ? n : cap;
-    n = n < candidates ? n : candidates;
-    return (int32_t) (n < 1 ? 1 : n);
+    return kne_options_neurons(opt, arch->n_layers, arch->d_model, arch->d_ff, arch->gated);
 }
 
 /* Does a rank before b: higher score, then lower index. NaN ranks last. */

@@ -197,3 +197,31 @@ kne_options_print(const kne_options *o, char *buf, size_t size)
     if (at < size)
         snprintf(buf + at, size - at, "}");
 }
+
+/* Bytes of a neuron's rows. */
+static int64_t
+neuron_bytes(const kne_options *o, int32_t d_model, bool gated)
+{
+    return (o->matrices == KNE_MATRICES_DOWN ? 1 : gated ? 3 : 2) * (int64_t) d_model * (int64_t) sizeof(float);
+}
+
+int32_t
+kne_options_neurons(const kne_options *o, int32_t n_layers, int32_t d_model, int32_t d_ff, bool gated)
+{
+    int32_t top = o->layer_max < 0 ? n_layers - 1 : o->layer_max;
+    int64_t all = (int64_t) n_layers * d_ff, n;
+    int64_t candidates = (int64_t) (top - o->layer_min + 1) * d_ff;
+    int64_t cap = o->max_bytes / neuron_bytes(o, d_model, gated);
+
+    n = o->select == KNE_SELECT_ALL ? candidates : (int64_t) llround(o->fraction * (double) all);
+    cap = cap < o->max_neurons ? cap : o->max_neurons;
+    n = n < cap || o->select == KNE_SELECT_ALL ? n : cap;
+    n = n < candidates ? n : candidates;
+    return (int32_t) (n < 1 ? 1 : n);
+}
+
+int64_t
+kne_options_bytes(const kne_options *o, int32_t n_layers, int32_t d_model, int32_t d_ff, bool gated)
+{
+    return kne_options_neurons(o, n_layers, d_model, d_ff, gated) * neuron_bytes(o, d_model, gated);
+}

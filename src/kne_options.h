@@ -66,6 +66,11 @@ kne_status kne_option_set(kne_options *o, const char *name, kne_json_kind kind, 
 /* What no single option shows: layer_min over layer_max and the like. */
 kne_status kne_options_check(const kne_options *o, kne_err *err);
 
+/* How many neurons the options ask for of a model of this shape, at least 1. */
+int32_t kne_options_neurons(const kne_options *o, int32_t n_layers, int32_t d_model, int32_t d_ff, bool gated);
+/* Most bytes that the rows of such an edit take. */
+int64_t kne_options_bytes(const kne_options *o, int32_t n_layers, int32_t d_model, int32_t d_ff, bool gated);
+
 /* Engine only (cJSON): defaults, then a JSON object, then the check. len 0: defaults. */
 kne_status kne_options_parse(kne_options *o, const char *json, size_t len, kne_err *err);
 /* All options as a JSON object, written into buf; for the provenance. */

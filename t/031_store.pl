@@ -19,6 +19,7 @@ sub q1 { return $node->safe_psql('postgres', shift); }
 sub example
 {
 	my ($file, @vars) = @_;
+	local $ENV{PGOPTIONS} = '-c client_min_messages=warning';
 
 	IPC::Run::run(['psql', '-X', '-q', '-A', '-t', '-v', 'ON_ERROR_STOP=1', (map { ('-v', $_) } @vars), '-d', $node->connstr('postgres'),
 		'-f', "$home/examples/$file"], '>', \$out, '2>', \$err);
