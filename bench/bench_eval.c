@@ -4,10 +4,12 @@
  *
  * bench_eval MODEL FACTS.tsv RELATIONS.tsv [options]    facts that the model knows, as models/atlas
  * bench_eval MODEL SUITE.json - [options]               the same as JSON, or CounterFact, zsRE (MEND), KnowEdit
- *   --mode single|batch|sequence   one at a time from the unedited model; --batch N together; one on top of another, then
- *                                  once more after consolidation: all of them together from the unedited model
- *   --edits N, --batch N, --seed S, --threads T, --options JSON (as kne_edit's), --fluency N (texts, 0)
- *   --tsv SUITE:VARIANT            lines of suite, mode, variant, seed, metric, value, probes; otherwise a Markdown table
+ *   --mode MODE[:EDITS],...        single: one at a time from the unedited model; batch: --batch N together; shared: the same with
+ *                                  one delta for each batch; sequence: one on top of another; consolidated: a sequence, and once
+ *                                  more all of it together from the unedited model
+ *   --edits N, --batch N, --seed S,..., --threads T, --options JSON (as kne_edit's), --fluency N (texts, 0)
+ *   --variant "NAME {OPTIONS}"     instead of --options, as often as there are methods to compare
+ *   --tsv SUITE                    lines of suite, mode, variant, seed, metric, value, probes; otherwise a Markdown table
  *   --relation NAME, --object TEXT edits of one relation only; one new object for all
  *   --verbose
  *
@@ -16,19 +18,22 @@
  * facts that protect the model are old answers and locality probes of cases that are not edited, as far as the model gives them.
  */
 #include "eval_score.h"
+#include "eval_shared.h"
 
 #include <time.h>
 
 #define KNOWN_CASES 512
+#define MAX_VARIANTS 64
+#define ONE_IN 32 /* one at a time: so many of the untouched facts are asked after an edit */
 
 enum metric
 {
-    SUCCESS, SUCCESS_TOKENS, PHRASINGS, PHRASINGS_TOKENS, SAME_RELATION, SAME_SUBJECT, UNTOUCHED, SHOWN, PORTABILITY, LOCALITY,
+    SUCCESS, SUCCESS_TOKENS, TRAINED, PHRASINGS, PHRASINGS_TOKENS, SAME_RELATION, SAME_SUBJECT, UNTOUCHED, SHOWN, PORTABILITY, LOCALITY,
     FLUENCY_BEFORE, FLUENCY_AFTER, ES, PS, NS, SCORE, STEPS, FAILED, NEURONS, KIB, CPU_SECONDS, N_METRICS
 };
 
 static const char *const metric_name[N_METRICS] = {
-    "success", "success (tokens)", "phrasings", "phrasings (tokens)", "same relation", "same subject", "untouched", "shown",
+    "success", "success (tokens)", "trained phrasings", "phrasings", "phrasings (tokens)", "same relation", "same subject", "untouched", "shown",
     "portability", "locality", "fluency before", "fluency", "ES", "PS", "NS", "S", "steps", "failed", "neurons", "KiB",
     "CPU s",
 };
@@ -41,18 +46,18 @@ typedef struct figures
 
 static struct
 {
-    const char *mode, *options, *tsv, *relation, *object;
-    int         n_edits, batch, threads, fluency;
-    uint64_t    seed;
+    const char *modes, *seeds, *variant[MAX_VARIANTS], *tsv, *relation, *object;
+    int         n_variants, most_edits, batch, threads, fluency;
     bool        verbose;
-} arg = {.mode = "single", .options = "", .n_edits = 200, .batch = 64, .seed = 1};
+} arg = {.modes = "single", .seeds = "1", .most_edits = 200, .batch = 64};
 
 static device      dev;
 static suite      *su;
 static kne_options opt;
 static kne_view   *base;
-static kase       *edit; /* (arg.n_edits) */
-static uint64_t    rng;
+static kase       *asked; /* (n_edits) */
+static int         n_edits;
+static uint64_t    seed, rng;
 static struct kne_ref_cache *cache;
 
 static kne_known *known;      /* shown to the editor */
@@ -91,7 +96,7 @@ show(kne_text prompt, kne_text object, int of)
 
 /* ---- suites of facts ---- */
 
-/* What the model knows in every phrasing, and the third that is hidden. */
+/* What the model knows in every phrasing. */
 static void
 look_at_facts(void)
 {
@@ -110,7 +115,6 @@ look_at_facts(void)
         f->known = true;
         for (int t = 0; t < su->rel[f->rel].n; t++)
             f->known &= is_exact(&s[at++]);
-        f->hidden = kne_random_next(&rng) % 3 == 0;
     }
     free_spans(s, all.n);
 }
@@ -134,9 +138,14 @@ fact_case(int i, kase *k)
 static void
 draw_facts(void)
 {
-    int *of = take((size_t) su->n_facts, sizeof *of), n = 0, n_edits = 0;
+    int *of = take((size_t) su->n_facts, sizeof *of), n = 0, want = n_edits;
 
-    look_at_facts();
+    n_edits = 0;
+    for (int i = 0; i < su->n_facts; i++)
+    {
+        su->fact[i].hidden = kne_random_next(&rng) % 3 == 0;
+        su->fact[i].new_object = NULL;
+    }
     for (int i = 0; i < su->n_facts; i++)
         if (su->fact[i].known && (!arg.relation || !strcmp(arg.relation, su->rel[su->fact[i].rel].name)))
             of[n++] = i;
@@ -147,7 +156,7 @@ draw_facts(void)
         of[i] = of[j];
         of[j] = t;
     }
-    for (int i = 0; i < n && n_edits < arg.n_edits; i++)
+    for (int i = 0; i < n && n_edits < want; i++)
     {
         fact *f = &su->fact[of[i]];
 
@@ -161,9 +170,8 @@ draw_facts(void)
                 f->new_object = o->object;
         }
         if (f->new_object)
-            fact_case(of[i], &edit[n_edits++]);
+            fact_case(of[i], &asked[n_edits++]);
     }
-    arg.n_edits = n_edits;
     for (int i = 0; i < su->n_facts; i++) /* what is edited is no longer known; one at a time that is done edit by edit */
         if (!su->fact[i].hidden && !(many && su->fact[i].new_object))
             show(fill(su->rel[su->fact[i].rel].template_[0], su->fact[i].subject), text_of(su->fact[i].object), i);
@@ -189,7 +197,7 @@ anchors_of(const kase *k, const int *shown_fact, int n_shown, int32_t *out)
 {
     int      most = opt.anchors, n = 0, have[3] = {0}, want[3];
     int32_t *pool[3];
-    uint64_t s = arg.seed + (uint64_t) (k - edit) * 977;
+    uint64_t s = seed + (uint64_t) (k - asked) * 977;
 
     for (int how = 0; how < 3; how++)
         pool[how] = take((size_t) n_shown, sizeof(int32_t));
@@ -245,7 +253,7 @@ judge_facts(figures *f, const kne_view *view, int from, int to)
     bool  *edited = take((size_t) su->n_facts, 1);
 
     for (int i = from; i < to; i++)
-        edited[edit[i].fact] = true;
+        edited[asked[i].fact] = true;
     for (int i = 0; i < su->n_facts; i++)
     {
         const fact *x = &su->fact[i];
@@ -255,7 +263,7 @@ judge_facts(figures *f, const kne_view *view, int from, int to)
             continue;
         for (int e = from; e < to; e++)
         {
-            int how = nearness(edit[e].fact, i);
+            int how = nearness(asked[e].fact, i);
 
             if (how == 0 || how == 1)
                 near[how] = true;
@@ -264,7 +272,7 @@ judge_facts(figures *f, const kne_view *view, int from, int to)
         for (int how = 0; how < 2; how++)
             if (near[how] && x->hidden)
                 probe(&p[how], prompt, object, 0);
-        if (many || i % 8 == from % 8) /* one at a time: an eighth of the facts each, in turn */
+        if (many || i % ONE_IN == from % ONE_IN) /* one at a time: in turn */
             probe(&p[x->hidden ? 2 : 3], prompt, object, 0);
     }
     for (int k = 0; k < 4; k++)
@@ -293,10 +301,10 @@ draw_cases(void)
         of[i] = of[j];
         of[j] = t;
     }
-    arg.n_edits = arg.n_edits < n ? arg.n_edits : n;
-    for (int i = 0; i < arg.n_edits; i++)
-        edit[i] = su->kase[of[i]];
-    for (int i = arg.n_edits; i < n && p.n < 8 * KNOWN_CASES; i++)
+    n_edits = n_edits < n ? n_edits : n;
+    for (int i = 0; i < n_edits; i++)
+        asked[i] = su->kase[of[i]];
+    for (int i = n_edits; i < n && p.n < 8 * KNOWN_CASES; i++)
     {
         const kase *k = &su->kase[of[i]];
 
@@ -371,8 +379,8 @@ judge(figures *f, const kne_view *view, int from, int to)
 {
     for (int i = from; i < to; i++)
     {
-        const kase *k = &edit[i];
-        probes      own = {0};
+        const kase *k = &asked[i];
+        probes      own = {0}, trained = {0};
         span       *s, *before;
         double      share;
 
@@ -382,6 +390,9 @@ judge(figures *f, const kne_view *view, int from, int to)
         add(f, SUCCESS_TOKENS, token_share(s, NULL), 1);
         free_spans(s, 1);
         compare(f, ES, view, &own, k->object, k->old, true);
+        for (int p = 1; p < k->n_prompts; p++)
+            probe(&trained, k->prompt[p], k->object, 0);
+        add(f, TRAINED, count_exact(view, &trained), k->n_prompts - 1);
         free(own.prompt), free(own.answer), free(own.group);
 
         s = score_spans(&dev, view, &k->rephrase);
@@ -408,8 +419,8 @@ judge(figures *f, const kne_view *view, int from, int to)
 
         if (i < arg.fluency)
         {
-            double was = fluency(&dev, base, k->prompt[0], arg.seed + (uint64_t) i);
-            double is = fluency(&dev, view, k->prompt[0], arg.seed + (uint64_t) i);
+            double was = fluency(&dev, base, k->prompt[0], seed + (uint64_t) i);
+            double is = fluency(&dev, view, k->prompt[0], seed + (uint64_t) i);
 
             if (isfinite(was) && isfinite(is))
             {
@@ -439,15 +450,16 @@ typedef struct state
     int64_t    *id;    /* ascending: number of the edit + 1 */
     kne_delta **delta;
     kne_view   *view;
+    int         n_active, *active; /* edits in force: also what held already, which has no delta */
 } state;
 
-/* Solve edits which[0 .. n) together on top of the state, and put them into it. */
+/* Solve edits which[0 .. n) together on top of the state, and put them into it; shared: with one delta for all. */
 static void
-solve(state *s, const int *which, int n, figures *f)
+solve(state *s, const int *which, int n, bool shared, figures *f)
 {
     kne_edit_spec   *spec = take((size_t) n, sizeof *spec);
-    kne_known       *shown = take((size_t) (n_known + s->n), sizeof *shown);
-    int             *shown_fact = take((size_t) (n_known + s->n), sizeof *shown_fact), n_shown = n_known;
+    kne_known       *shown = take((size_t) (n_known + s->n_active), sizeof *shown);
+    int             *shown_fact = take((size_t) (n_known + s->n_active), sizeof *shown_fact), n_shown = n_known;
     kne_edit_result *r;
     kne_view        *view;
     kne_err          err;
@@ -456,18 +468,18 @@ solve(state *s, const int *which, int n, figures *f)
     memcpy(shown, known, (size_t) n_known * sizeof *shown);
     memcpy(shown_fact, known_fact, (size_t) n_known * sizeof *shown_fact);
     for (int i = 0; i < n_known && !many; i++) /* the fact that is edited: without tokens it is left out */
-        if (shown_fact[i] >= 0 && shown_fact[i] == edit[which[0]].fact)
+        if (shown_fact[i] >= 0 && shown_fact[i] == asked[which[0]].fact)
             shown[i].object.len = 0;
-    for (int i = 0; i < s->n; i++)
+    for (int i = 0; i < s->n_active; i++)
     {
-        const kase *k = &edit[s->id[i] - 1];
+        const kase *k = &asked[s->active[i]];
 
         shown_fact[n_shown] = k->fact;
-        shown[n_shown++] = (kne_known) {k->prompt[0], k->object, s->id[i]};
+        shown[n_shown++] = (kne_known) {k->prompt[0], k->object, s->active[i] + 1};
     }
     for (int i = 0; i < n; i++)
     {
-        const kase *k = &edit[which[i]];
+        const kase *k = &asked[which[i]];
         int32_t    *anchor = take((size_t) opt.anchors, sizeof *anchor);
 
         spec[i] = (kne_edit_spec) {.edit_id = which[i] + 1, .n_prompts = k->n_prompts, .prompt = k->prompt, .object = k->object,
@@ -477,13 +489,13 @@ solve(state *s, const int *which, int n, figures *f)
                         .n_edits = n, .edit = spec, .cache = cache};
 
     t0 = cpu_seconds();
-    if (kne_edit_run(&job, &r, &err) != KNE_OK)
+    if ((shared ? solve_shared(&job, &r, &err) : kne_edit_run(&job, &r, &err)) != KNE_OK)
         die("edit", &err);
     add(f, CPU_SECONDS, cpu_seconds() - t0, n);
     for (int i = 0; i < n; i++)
     {
         const kne_edit_outcome *o = &r->edit[i];
-        const kase             *k = &edit[which[i]];
+        const kase             *k = &asked[which[i]];
 
         add(f, STEPS, o->steps, 1);
         add(f, FAILED, o->outcome == KNE_OUTCOME_FAILED, 1);
@@ -491,10 +503,12 @@ solve(state *s, const int *which, int n, figures *f)
             printf("%.*s %.*s -> %.*s: outcome %d, %d steps, P %.3g -> %.3g, norm %.3g, was \"%s\" %s\n", (int) k->prompt[0].len,
                    k->prompt[0].p, (int) k->old.len, k->old.p, (int) k->object.len, k->object.p, o->outcome, o->steps,
                    o->p_before, o->p_after, o->norm, o->answer_before ? o->answer_before : "", o->message);
+        add(f, NEURONS, o->n_ensemble, o->delta || shared); /* the first of a batch has the shared delta of all */
+        add(f, KIB, o->delta ? 4.0 * o->delta->n_rows * dev.model->arch.d_model / 1024 : 0, o->delta || shared);
+        if (o->outcome == KNE_OUTCOME_APPLIED || o->outcome == KNE_OUTCOME_HOLDS)
+            s->active[s->n_active++] = which[i];
         if (!o->delta)
             continue;
-        add(f, NEURONS, o->n_ensemble, 1);
-        add(f, KIB, 4.0 * o->delta->n_rows * dev.model->arch.d_model / 1024, 1);
         o->delta->refs++;
         s->id[s->n] = o->edit_id;
         s->delta[s->n++] = o->delta;
@@ -518,12 +532,14 @@ reset(state *s)
     if (s->view != base)
         kne_view_free(s->view);
     s->view = base;
-    s->n = 0;
+    s->n = s->n_active = 0;
 }
 
 static void
-report(figures *f, const char *mode)
+report(figures *f, const char *mode, const char *variant)
 {
+    const int variant_len = (int) strcspn(variant, "{");
+
     if (f->n[ES] > 0 && f->n[PS] > 0 && f->n[NS] > 0) /* the harmonic mean, of shares that are not 0 */
     {
         double h = f->n[ES] / f->sum[ES] + f->n[PS] / f->sum[PS] + f->n[NS] / f->sum[NS];
@@ -532,16 +548,14 @@ report(figures *f, const char *mode)
     }
     if (arg.tsv)
     {
-        int name = (int) strcspn(arg.tsv, ":");
-
         for (int k = 0; k < N_METRICS; k++)
             if (f->n[k] > 0)
-                printf("%.*s\t%s\t%s\t%llu\t%s\t%.6g\t%.0f\n", name, arg.tsv, mode, arg.tsv + name + (arg.tsv[name] != 0),
-                       (unsigned long long) arg.seed, metric_name[k], f->sum[k] / f->n[k], f->n[k]);
+                printf("%s\t%s\t%.*s\t%llu\t%s\t%.6g\t%.0f\n", arg.tsv, mode, variant_len ? variant_len - 1 : 0, variant,
+                       (unsigned long long) seed, metric_name[k], f->sum[k] / f->n[k], f->n[k]);
         fflush(stdout);
         return;
     }
-    printf("| mode | edits |");
+    printf("\n| %.*s, seed %llu | edits |", variant_len ? variant_len - 1 : 3, variant_len ? variant : "kne", (unsigned long long) seed);
     for (int k = 0; k < N_METRICS; k++)
         if (f->n[k] > 0)
             printf(" %s |", metric_name[k]);
@@ -570,13 +584,13 @@ parse(int argc, char **argv)
         }
         i++;
         if (!strcmp(o, "--edits"))
-            arg.n_edits = atoi(v);
+            arg.most_edits = atoi(v);
         else if (!strcmp(o, "--batch"))
             arg.batch = atoi(v);
         else if (!strcmp(o, "--mode"))
-            arg.mode = v;
+            arg.modes = v;
         else if (!strcmp(o, "--seed"))
-            arg.seed = strtoull(v, NULL, 10);
+            arg.seeds = v;
         else if (!strcmp(o, "--threads"))
             arg.threads = atoi(v);
         else if (!strcmp(o, "--fluency"))
@@ -587,71 +601,106 @@ parse(int argc, char **argv)
             arg.relation = v;
         else if (!strcmp(o, "--object"))
             arg.object = v;
-        else if (!strcmp(o, "--options"))
-            arg.options = v;
+        else if ((!strcmp(o, "--options") || !strcmp(o, "--variant")) && arg.n_variants < MAX_VARIANTS)
+            arg.variant[arg.n_variants++] = v;
         else
             die(o, NULL);
     }
-    if (arg.n_edits < 1 || arg.batch < 1 || (strcmp(arg.mode, "single") && strcmp(arg.mode, "batch") && strcmp(arg.mode, "sequence")))
-        die("what mode, how many edits?", NULL);
+    if (arg.n_variants == 0)
+        arg.variant[arg.n_variants++] = "{}";
+    if (arg.batch < 1)
+        die("how many in a batch?", NULL);
 }
 
-int
-main(int argc, char **argv)
+/* One mode of one variant with one seed: mode is NAME or NAME:EDITS. */
+static void
+run(const char *mode, const char *variant)
 {
-    kne_err err;
-    figures f;
+    const size_t len = strcspn(mode, ":");
+    char        *name = strndup(mode, len);
+    const bool   shared = !strcmp(name, "shared"), consolidate = !strcmp(name, "consolidated");
+    figures      f;
+    kne_err      err;
 
     memset(&f, 0, sizeof f);
-    if (argc < 4)
-        die("usage: bench_eval MODEL FACTS RELATIONS|- [options]", NULL);
-    parse(argc, argv);
-    if (kne_cpu_backend_new(arg.threads, NULL, &dev.be, &err) != KNE_OK || kne_model_open(argv[1], &dev.model, &err) != KNE_OK ||
-        kne_options_parse(&opt, arg.options, strlen(arg.options), &err) != KNE_OK || kne_ref_cache_new(&cache, &err) != KNE_OK ||
-        kne_view_new(dev.model, dev.be, 0, NULL, NULL, &base, &err) != KNE_OK)
-        die("start", &err);
-    su = read_suite(argv[2], strcmp(argv[3], "-") == 0 ? NULL : argv[3]);
-    rng = arg.seed * 7919 + 17;
-    many = strcmp(arg.mode, "single") != 0;
-    int most = su->is_facts ? su->n_facts : KNOWN_CASES;
-    edit = take((size_t) arg.n_edits, sizeof *edit);
-    known = take((size_t) most, sizeof *known);
-    known_fact = take((size_t) most, sizeof *known_fact);
+    n_edits = mode[len] ? atoi(mode + len + 1) : arg.most_edits;
+    if (n_edits < 1 || (strcmp(name, "single") && strcmp(name, "batch") && !shared && strcmp(name, "sequence") && !consolidate))
+        die("what mode, how many edits?", NULL);
+    if (kne_options_parse(&opt, variant + strcspn(variant, "{"), strlen(variant + strcspn(variant, "{")), &err) != KNE_OK)
+        die(variant, &err);
+    rng = seed * 7919 + 17;
+    many = strcmp(name, "single") != 0;
+    asked = take((size_t) n_edits, sizeof *asked);
+    n_known = 0;
     if (su->is_facts)
         draw_facts();
     else
         draw_cases();
     shuffle_known(); /* so that the first `protect` are a sample */
 
-    state s = {0, take((size_t) arg.n_edits, sizeof *s.id), take((size_t) arg.n_edits, sizeof *s.delta), base};
-    int  *which = take((size_t) arg.n_edits, sizeof *which), group = strcmp(arg.mode, "batch") == 0 ? arg.batch : 1;
+    state s = {0, take((size_t) n_edits, sizeof *s.id), take((size_t) n_edits, sizeof *s.delta), base, 0,
+               take((size_t) n_edits, sizeof *s.active)};
+    int  *which = take((size_t) n_edits, sizeof *which), group = shared || !strcmp(name, "batch") ? arg.batch : 1;
 
-    for (int at = 0; at < arg.n_edits; at += group)
+    for (int at = 0; at < n_edits; at += group)
     {
-        int n = arg.n_edits - at < group ? arg.n_edits - at : group;
+        int n = n_edits - at < group ? n_edits - at : group;
 
         for (int i = 0; i < n; i++)
             which[i] = at + i;
-        solve(&s, which, n, &f);
+        solve(&s, which, n, shared, &f);
         if (many)
             continue;
         judge(&f, s.view, at, at + 1);
         reset(&s);
     }
     if (many)
-        judge(&f, s.view, 0, arg.n_edits);
-    report(&f, arg.mode);
-    if (strcmp(arg.mode, "sequence") == 0)
+        judge(&f, s.view, 0, n_edits);
+    report(&f, consolidate ? "sequence" : name, variant);
+    if (consolidate)
     {
-        int n = s.n;
+        int n = s.n_active;
 
-        for (int i = 0; i < n; i++)
-            which[i] = (int) s.id[i] - 1;
+        memcpy(which, s.active, (size_t) n * sizeof *which);
         reset(&s);
         memset(&f, 0, sizeof f);
-        solve(&s, which, n, &f);
-        judge(&f, s.view, 0, arg.n_edits);
-        report(&f, "consolidated");
+        solve(&s, which, n, false, &f);
+        judge(&f, s.view, 0, n_edits);
+        report(&f, name, variant);
     }
+    reset(&s);
+    free(s.id), free(s.delta), free(s.active), free(which), free(asked), free(name);
+}
+
+int
+main(int argc, char **argv)
+{
+    kne_err err;
+    char   *seeds, *s, *save_seed;
+
+    if (argc < 4)
+        die("usage: bench_eval MODEL FACTS RELATIONS|- [options]", NULL);
+    parse(argc, argv);
+    if (kne_cpu_backend_new(arg.threads, NULL, &dev.be, &err) != KNE_OK || kne_model_open(argv[1], &dev.model, &err) != KNE_OK ||
+        kne_ref_cache_new(&cache, &err) != KNE_OK || kne_view_new(dev.model, dev.be, 0, NULL, NULL, &base, &err) != KNE_OK)
+        die("start", &err);
+    su = read_suite(argv[2], strcmp(argv[3], "-") == 0 ? NULL : argv[3]);
+    int most = su->is_facts ? su->n_facts : KNOWN_CASES;
+    known = take((size_t) most, sizeof *known);
+    known_fact = take((size_t) most, sizeof *known_fact);
+    if (su->is_facts)
+        look_at_facts();
+    seeds = strdup(arg.seeds);
+    for (s = strtok_r(seeds, ",", &save_seed); s; s = strtok_r(NULL, ",", &save_seed))
+        for (int v = 0; v < arg.n_variants; v++)
+        {
+            char *modes = strdup(arg.modes), *m, *save;
+
+            seed = strtoull(s, NULL, 10);
+            for (m = strtok_r(modes, ",", &save); m; m = strtok_r(NULL, ",", &save))
+                run(m, arg.variant[v]);
+            free(modes);
+        }
+    free(seeds);
     return 0;
 }

@@ -10,21 +10,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 size=${KNE_EVAL:-short} build=${KNE_BUILD:-build} dir=${KNE_EVAL_DIR:-build/eval}
 if [ "$size" = full ]; then
-    seeds=${KNE_EVAL_SEEDS:-1 2 3} edits=${KNE_EVAL_EDITS:-200} sequence="100 500"
+    seeds=${KNE_EVAL_SEEDS:-1 2 3} edits=${KNE_EVAL_EDITS:-200}
 else
-    seeds=${KNE_EVAL_SEEDS:-1} edits=${KNE_EVAL_EDITS:-20} sequence=
+    seeds=${KNE_EVAL_SEEDS:-1} edits=${KNE_EVAL_EDITS:-20}
 fi
 mkdir -p "$dir"
 lines=$dir/eval.tsv
 : >"$lines"
 
-# The methods compared: name, options. Learning rates of the others are usual ones, not tuned here.
+# The methods compared: name, options. Learning rates are the best of some on a few other edits: docs/quality.md.
+everything='"max_neurons":16777216,"max_bytes":1073741824'
 methods() {
-    cat <<'LIST'
+    cat <<LIST
 kne {}
-paper's, plain {"select":"attribution","contrast":0,"anchors":0,"step":"adam","lr":0.003}
-one layer, all weights (FT-M) {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.001,"anchors":0}
-all value vectors {"select":"all","lr":0.003}
+paper's, plain {"select":"attribution","score":"p","fraction":0.01,"contrast":0,"anchors":0,"step":"adam","lr":0.003}
+FT-M: one layer {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.001,"anchors":0,$everything}
+all value vectors {"select":"all","lr":0.003,$everything}
 random neurons {"select":"random"}
 by attribution with contrast {"select":"attribution"}
 by attribution without contrast {"select":"attribution","contrast":0}
@@ -34,40 +35,31 @@ without phrasings {"phrasings":0}
 LIST
 }
 fractions() {
-    for f in 0.0025 0.005 0.01 0.02 0.05 0.1; do echo "fraction $f {\"fraction\":$f}"; done
+    for f in 0.0025 0.005 0.01 0.02 0.05 0.1 0.2; do echo "fraction $f {\"fraction\":$f,$everything}"; done
 }
 
-# run SUITE "VARIANT {options}" MODEL FACTS RELATIONS|- arguments
+# run SUITE MODES METHODS MODEL FACTS RELATIONS|- arguments: METHODS prints them
 run() {
-    local suite=$1 variant=${2%% \{*} options="{${2#*\{}" seed
-    shift 2
-    for seed in $seeds; do
-        "$build/bench_eval" "$@" --seed "$seed" --options "$options" --tsv "$suite:$variant" >>"$lines" ||
-            echo "$suite, $variant, seed $seed: failed" >&2
-    done
+    local suite=$1 modes=$2 methods=$3 line variants=()
+    shift 3
+    while read -r line; do
+        variants+=(--variant "$line")
+    done < <($methods)
+    "$build/bench_eval" "$@" --mode "$modes" "${variants[@]}" --seed "${seeds// /,}" --tsv "$suite" >>"$lines" ||
+        echo "$suite: failed" >&2
 }
+method() { methods | head -1; }
 
 facts() { # SUITE MODEL FACTS RELATIONS|-
-    local suite=$1 n line
+    local suite=$1
     shift
     if [ "$size" != full ]; then
-        run "$suite" "kne {}" "$@" --mode single --edits "$edits" --fluency 5
-        run "$suite" "kne {}" "$@" --mode batch --edits 16 --batch 16
-        run "$suite" "kne {}" "$@" --mode sequence --edits 16
+        run "$suite" "single:$edits,batch:16,consolidated:16" method "$@" --fluency 5
         return
     fi
-    while read -r line; do
-        run "$suite" "$line" "$@" --mode single --edits "$edits" --fluency 20
-        run "$suite" "$line" "$@" --mode batch --edits 64 --batch 64
-        run "$suite" "$line" "$@" --mode sequence --edits 100
-    done < <(methods)
-    for n in $sequence; do
-        run "$suite, $n edits" "kne {}" "$@" --mode sequence --edits "$n"
-    done
-    while read -r line; do
-        run "$suite, size of the ensemble" "$line" "$@" --mode single --edits 50
-        run "$suite, size of the ensemble" "$line" "$@" --mode batch --edits 64 --batch 64
-    done < <(fractions)
+    run "$suite" "single:$edits,batch:64,shared:64,consolidated:100" methods "$@" --fluency 20
+    run "$suite, 500 edits" consolidated:500 method "$@"
+    run "$suite, size of the ensemble" single:50,batch:64,sequence:100 fractions "$@"
 }
 
 suites=${KNE_EVAL_SUITES-atlas lre}
@@ -81,13 +73,8 @@ for s in $suites; do
     esac
 done
 for file in ${KNE_EVAL_CASES:-}; do
-    name=$(basename "$file" .json)
-    while read -r line; do
-        [ "$size" = full ] || [ "${line%% \{*}" = kne ] || continue
-        for mode in single batch sequence; do
-            run "$name" "$line" "${KNE_EVAL_MODEL:?a model folder}" "$file" - --mode $mode --edits "$edits" --fluency 20
-        done
-    done < <(methods)
+    run "$(basename "$file" .json)" "single:$edits,batch:$edits,consolidated:$edits" \
+        "$([ "$size" = full ] && echo methods || echo method)" "${KNE_EVAL_MODEL:?a model folder}" "$file" - --fluency 20
 done
 
 printf '# Edits, judged %s\n\n' "$(date -u +%Y-%m-%d)"
