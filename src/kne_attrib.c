@@ -256,62 +256,36 @@ kne_ensemble_size(const kne_arch *arch, const kne_options *opt)
     return kne_options_neurons(opt, arch->n_layers, arch->d_model, arch->d_ff, arch->gated);
 }
 
-/* Does a rank before b: higher score, then lower index. NaN ranks last. */
-static inline bool
-ranks_before(const float *score, int32_t a, int32_t b)
-{
-    float sa = score[a], sb = score[b];
-
-    if (sa > sb || (sb != sb && sa == sa))
-        return true;
-    return !(sb > sa || (sa != sa && sb == sb)) && a < b;
-}
-
-static void
-sift_down(const float *score, int32_t *heap, int32_t n, int32_t i)
-{
-    for (;;)
-    {
-        int32_t worst = i, l = 2 * i + 1;
-
-        for (int32_t c = l; c < n && c < l + 2; c++)
-            if (ranks_before(score, heap[worst], heap[c]))
-                worst = c;
-        if (worst == i)
-            return;
-        int32_t t = heap[i];
-        heap[i] = heap[worst];
-        heap[worst] = t;
-        i = worst;
-    }
-}
-
 kne_status
-kne_select_top(const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n, int32_t *index,
+kne_select_top(kne_backend *be, const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n, int32_t *index,
                kne_err *err)
 {
-    int32_t from = layer_min * f, to = (layer_max + 1) * f;
+    const int32_t from = layer_min * f, to = (layer_max + 1) * f;
+    kne_arena     dev = {0};
+    kne_status    st = KNE_OK;
+    float        *there = NULL;
+    int32_t      *best = NULL;
+    uint64_t     *keys = NULL;
 
     if (n > to - from)
         return kne_error(err, KNE_ERR_INTERNAL, "ensemble larger than its layers");
-    /* A heap of the n best whose root is the worst of them; emptied from the back it comes out in order. */
-    for (int32_t i = 0; i < n; i++)
-        index[i] = from + i;
-    for (int32_t i = n / 2 - 1; i >= 0; i--)
-        sift_down(score, index, n, i);
-    for (int32_t i = from + n; i < to; i++)
-        if (ranks_before(score, i, index[0]))
-        {
-            index[0] = i;
-            sift_down(score, index, n, 0);
-        }
-    for (int32_t end = n - 1; end > 0; end--)
+    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
-        int32_t worst = index[0];
-
-        index[0] = index[end];
-        index[end] = worst;
-        sift_down(score, index, end, 0);
+        there = kne_arena_take(&dev, (size_t) (to - from), sizeof *there);
+        best = kne_arena_take(&dev, (size_t) n, sizeof *best);
+        keys = kne_arena_take(&dev, (size_t) n, sizeof *keys);
+        if (turn == 0)
+            st = kne_device_commit(&dev, be, err);
     }
-    return KNE_OK;
+    if (st == KNE_OK)
+    {
+        kne_device_put(be, there, score + from, (size_t) (to - from) * sizeof *there);
+        be->top(be->ctx, best, there, to - from, keys, 1, to - from, n);
+        be->get(be->ctx, index, best, (size_t) n * sizeof *index);
+        st = be->status(be->ctx, err);
+    }
+    for (int32_t i = 0; i < n && st == KNE_OK; i++)
+        index[i] += from;
+    kne_device_free(&dev, be);
+    return st;
 }

@@ -47,7 +47,7 @@ void kne_quadrature_points(kne_quadrature rule, int n, double *node, double *wei
  * The n neurons of layers [layer_min, layer_max] with the highest score (L, f), ties to the lower (layer, neuron).
  * index[i] = layer * f + neuron, highest score first. n is at most the number of candidates.
  */
-kne_status kne_select_top(const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n,
+kne_status kne_select_top(kne_backend *be, const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n,
                           int32_t *index, kne_err *err);
 
 /* How many neurons the options ask for, at least 1. */

@@ -16,7 +16,7 @@
 
 #include "kne_model.h"
 
-#define KNE_BACKEND_ABI 1u /* grows when the table, or what it is given, changes */
+#define KNE_BACKEND_ABI 2u /* grows when the table, or what it is given, changes */
 
 /*
  * One sequence of a packed batch. Its queries are rows [q0, q0 + q_len); its keys
@@ -37,6 +37,31 @@ typedef struct kne_attn_shape
     int32_t n_rows, max_q; /* of q; the longest q_len: a device has to know without looking at seq */
 } kne_attn_shape;
 
+/* A row of a weight's gradient: grad[row, :] = sum over t in [from, to) of left[t, col] right[t, :]. */
+typedef struct kne_grad_row
+{
+    int32_t row, col, from, to;
+} kne_grad_row;
+
+/* An (n, n) matrix, `at` numbers into the factors; what it is applied to begins at row `row` and is edit `owner`'s. */
+typedef struct kne_metric_block
+{
+    int64_t at;
+    int32_t row, n, owner;
+} kne_metric_block;
+
+/* What an optimiser's step does to one edit, whose rows are [row, row + n) of the N of a batch. */
+typedef struct kne_mover
+{
+    int32_t row, n, moves; /* moves 0: nothing */
+    float   rate;          /* step size; of a protected step the step's length */
+    float   anchor;        /* weight of the anchors' gradient */
+    float   c1, c2;        /* Adam: 1 - b1^t, 1 - b2^t */
+} kne_mover;
+
+#define KNE_ADAM_B1 0.9f
+#define KNE_ADAM_B2 0.999f
+
 typedef struct kne_backend kne_backend;
 struct kne_backend
 {
@@ -55,6 +80,13 @@ struct kne_backend
      * KNE_ERR_NOMEM is over with it; after KNE_ERR_DEVICE the device is lost to this process. */
     kne_status (*status)(void *ctx, kne_err *err);
     void  (*close)(kne_backend *be);
+    /*
+     * The same ops again and again: while (!begin(ctx, key)) { ops; if (end(ctx)) break; }. Equal keys promise equal ops with
+     * equal arguments, device memory not released in between, and neither alloc, put nor get among them. The device may
+     * record them and do them from the record: then begin says true. end false: they were not done, once more. Both NULL: plain.
+     */
+    bool  (*begin)(void *ctx, uint64_t key);
+    bool  (*end)(void *ctx);
 
     /* ---- matrix products ---- */
     /* y[n, out] = beta y + x[n, in] W^T (+ bias): Linear forward, W in its file's format, either orientation. */
@@ -131,6 +163,41 @@ struct kne_backend
     /* Copy neuron vectors out of a weight matrix as float: rows of W (by_col false) or columns. out[n_idx, len]. */
     void (*gather_neurons)(void *ctx, float *out, const kne_mat *w, bool by_col, const int32_t *idx,
                            int64_t n_idx);
+    /* index[r, n]: columns of the n largest of score[r, n_all] (rows ld apart), largest first, of equals the first, NaN last.
+     * keys: scratch (rows, n) */
+    void (*top)(void *ctx, int32_t *index, const float *score, int64_t ld, uint64_t *keys, int64_t rows, int64_t n_all,
+                int64_t n);
+    /* score[e, f] (ld apart) = scale sum over rows i, j in [row0[e], row0[e + 1]) of z[i, :] k[i, j] a[j, :]; k [rows, rows] */
+    void (*energy)(void *ctx, float *score, int64_t ld, const float *z, const float *a, const float *k,
+                   const int32_t *row0, int64_t n, int64_t rows, int64_t f, float scale);
+
+    /* ---- the optimiser: N rows of d numbers, of all edits of a batch one after another; owner[N]: whose ---- */
+    /* left [., f], right [., d]. scratch: (most rows of a range, most rows of an edit) */
+    void (*grad_rows)(void *ctx, float *grad, const kne_grad_row *of, int64_t n_of, const float *left, int64_t f,
+                      const float *right, int64_t d, float *scratch);
+    /* eff[r, :] = before[r, :] + sum over j in [from[r], from[r + 1]) of delta[place[j], :], rounded to type; less base, unless NULL. */
+    void (*compose)(void *ctx, float *eff, const float *base, const float *before, const float *delta, const int32_t *from,
+                    const int32_t *place, int64_t n, int64_t d, kne_dtype type);
+    /* m[i, j] of each block = sum over rows t of a[t, idx[row + i] - first] a[t, idx[row + j] - first], in double. a [rows, ld] */
+    void (*gram)(void *ctx, double *m, const float *a, int64_t ld, int64_t rows, const int32_t *idx, int32_t first,
+                 const kne_metric_block *block, int64_t n_block, int64_t max_n);
+    /* For each block, in place: what solve wants of M = scale m + ridge I, positive. gram (n, n) unless NULL: instead of m, of one block. */
+    void (*factor)(void *ctx, double *m, const float *gram, const kne_metric_block *block, int64_t n_block, int64_t max_n,
+                   double scale, double ridge);
+    /* x = beta x + scale M^-1 g for the blocks of edits that move (mover NULL: all); g is lost. scratch: (max_n, KNE_METRIC_COLUMNS) */
+    void (*solve)(void *ctx, float *x, float beta, float scale, float *g, const double *m, const kne_metric_block *block,
+                  int64_t n_block, int64_t max_n, const kne_mover *mover, int64_t d, double *scratch);
+    /* These touch rows of edits that move. grad[r, :] += anchor x[place[r], :] */
+    void (*add_anchors)(void *ctx, float *grad, const float *x, const int32_t *place, const int32_t *owner,
+                        const kne_mover *mover, int64_t n, int64_t d);
+    void (*momentum)(void *ctx, float *mean, float beta, const float *grad, const int32_t *owner, const kne_mover *mover,
+                     int64_t n, int64_t d); /* mean = beta mean + grad */
+    void (*row_norms)(void *ctx, double *norm, const float *x, int64_t n, int64_t d); /* norm[r] = sum of x[r, :]^2; of all */
+    /* delta -= rate mean / |mean of the edit|; norm [parts, N]: row_norms of every matrix that moves */
+    void (*step)(void *ctx, float *delta, const float *mean, const double *norm, int32_t parts, const int32_t *owner,
+                 const kne_mover *mover, int64_t n, int64_t d);
+    void (*adam)(void *ctx, float *delta, float *mean, float *var, const float *grad, const int32_t *owner,
+                 const kne_mover *mover, int64_t n, int64_t d);
 };
 
 /* The CPU's table. n_threads as in kne_pool_new. isa: NULL for the best this machine has, or one of

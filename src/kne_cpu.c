@@ -279,6 +279,7 @@ kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *
     cpu->be.linear_bwd = linear_bwd;
     cpu->be.matmul_tn = matmul_tn;
     row->fill(&cpu->be);
+    kne_cpu_fill_step(&cpu->be);
     *out = &cpu->be;
     return KNE_OK;
 }

@@ -54,6 +54,7 @@ typedef struct kne_cpu
 
 extern const kne_gemm_kernels kne_gemm_portable;
 void kne_ops_fill_portable(kne_backend *be);
+void kne_cpu_fill_step(kne_backend *be); /* of any instruction set */
 #if defined(__x86_64__)
 extern const kne_gemm_kernels kne_gemm_avx2, kne_gemm_avx512;
 void kne_ops_fill_avx2(kne_backend *be);

@@ -1,6 +1,7 @@
 /*
  * kne_edit_impl.h - the state of a batch of edits while it runs; shared by
- * kne_edit.c (the job), kne_edit_plan.c (tokens, facts, ensembles) and kne_edit_step.c (the optimiser).
+ * kne_edit.c (the job), kne_edit_plan.c (tokens, facts, ensembles),
+ * kne_edit_rows.c (what moves) and kne_edit_step.c (the optimiser).
  */
 #ifndef KNE_EDIT_IMPL_H
 #define KNE_EDIT_IMPL_H
@@ -33,13 +34,11 @@ typedef struct edit
     float               *score;    /* (n) in the order of index */
     float               *token_score; /* (n, tokens of the object) */
     int32_t             *from;     /* (L + 1) where each layer's neurons begin in index */
-    int32_t             *place;    /* (n) row in the union overlay of the layer */
+    int32_t             *place;    /* (n) row in the union overlay */
     int32_t             *mine;     /* (n) row in the anchors' gradient */
-    float               *delta[N_MATRICES], *grad[N_MATRICES], *mean[N_MATRICES], *var[N_MATRICES]; /* (n, d) or NULL */
-    int32_t             *dev_index; /* (n) of the device: the neuron within its layer */
-    float               *dev_grad[N_MATRICES]; /* (n, d) of the device */
-    double             **chol;     /* (L) factor of the metric, NULL where the layer has no neuron */
-    bool                 owns_chol; /* with select all, the first edit's serves them all */
+    int32_t              row;      /* its rows among those of the batch: [row, row + n) */
+    const float         *delta[N_MATRICES]; /* (n, d) at the end, of the host; NULL: does not move */
+    bool                 cleared;  /* it has ended, and its delta is zero again */
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */
     int32_t              n_rows, n_outs;   /* of its prompts */
@@ -47,20 +46,47 @@ typedef struct edit
     double               pace;     /* factor of a protected step's length */
 } edit;
 
-/* The union of all neurons that the view or the batch edits, per layer, as the overlay of the passes. */
+/* The union of all neurons that the view or the batch edits, per layer, as the overlay of the passes. eff to base are of the device. */
 typedef struct shared_rows
 {
     int32_t *from;               /* (L + 1) */
-    int32_t *neuron;             /* (n) ascending within a layer */
+    int32_t *neuron, *dev_neuron; /* (n) ascending within a layer */
+    float   *host;               /* (n, d) scratch */
     float   *base[N_MATRICES];   /* (n, d) the file's rows */
     float   *before[N_MATRICES]; /* (n, d) base + the view's deltas */
     float   *eff[N_MATRICES];    /* (n, d) what the graph takes: difference for down, effective for keys */
-    int32_t *dev_neuron;         /* both again, on the device */
-    float   *dev_eff[N_MATRICES];
     int32_t  n, max_layer;
     kne_overlay_layer *layer;    /* (L) */
     kne_overlay        overlay;
 } shared_rows;
+
+/*
+ * What moves: N rows, those of the batch's edits one after another. All of it is on the device, where it stays; a step brings
+ * over no more than the movers.
+ */
+typedef struct moving_rows
+{
+    int32_t           n;         /* N */
+    float            *delta[N_MATRICES], *grad[N_MATRICES], *mean[N_MATRICES], *var[N_MATRICES]; /* (N, d) or NULL */
+    double           *norm;      /* (matrices that move, N) */
+    int32_t          *owner, *mine; /* (N) index of its edit; its row in the anchors' gradient */
+    int32_t          *from, *place; /* (rows of the union + 1), (N) which deltas each row of the union takes */
+    double           *metric;    /* of each block, as be->solve wants it; n_metric numbers */
+    int64_t           n_metric;
+    kne_metric_block *block;     /* (n_block) an edit's neurons in a layer, layer by layer, edits in order */
+    float            *activation; /* (known rows, widest) of known facts in one layer */
+    kne_mover        *mover;     /* (n_edits) */
+    kne_grad_row     *grad_row;  /* (N) of the current pass, layer by layer */
+    /* of the host */
+    int32_t           n_block, max_block, *block_from, *grad_from; /* (L + 1) */
+    kne_metric_block *host_block;
+    kne_mover        *host_mover;
+    kne_grad_row     *host_grad_row;
+    int32_t          *host_int;  /* (N + rows of the union + 1) scratch */
+    float            *host_delta[N_MATRICES]; /* (N, d) where the host has no other */
+    float            *host_activation;
+    double           *column;    /* (max_block, KNE_METRIC_COLUMNS); NULL: the device wants none */
+} moving_rows;
 
 /*
  * The anchors of all edits of the batch, each once: every edit is held back by what any of them must not disturb.
@@ -74,9 +100,8 @@ typedef struct anchor_set
     double   outs_an_edit;     /* positions that an edit brought along, on average: what a mean over anchors means */
     int32_t  n_neurons, widest; /* in all layers, in one */
     int32_t *from, *neuron;    /* (L + 1), (n_neurons) ascending within a layer */
-    float   *grad[N_MATRICES]; /* (n_neurons, d): of the sum of their divergences */
-    int32_t *dev_neuron;       /* both again, on the device */
-    float   *dev_grad[N_MATRICES];
+    int32_t *dev_neuron;       /* again, on the device */
+    float   *grad[N_MATRICES]; /* (n_neurons, d) of the device: of the sum of their divergences */
     int32_t *turn, n_turn;     /* (n) those in the current pass, whose rows and out rows come first */
     int32_t  rows;
     uint8_t *rest, *pause;     /* (n) rounds left to sit out, and how many it sat out last */
@@ -102,6 +127,7 @@ typedef struct batch
     bool                is_protected, locate_only; /* locate: what holds already is attributed too */
     uint8_t            *held;    /* (n_known) edits' facts and anchors that held before */
     shared_rows         rows;
+    moving_rows         moving;
     anchor_set          anchors;
     bool                moves[N_MATRICES];
     kne_pack            pack;
@@ -109,7 +135,6 @@ typedef struct batch
     float              *logp, *coef, *kl; /* (max_out) */
     int32_t            *best;
     float              *gathered; /* (max rows of a pass, largest layer share of an ensemble) of the device */
-    double             *column;
     edit              **turn;    /* (n_edits) the edits of the current pass */
     int32_t             n_turn;
     bool                more;    /* edits follow the current pass that may want the anchors' gradient */
@@ -119,6 +144,12 @@ typedef struct batch
 
 kne_status kne_batch_plan(batch *b, kne_err *err);      /* tokens, before, references, ensembles */
 kne_status kne_batch_optimise(batch *b, kne_err *err);
+
+/* Rows that move (kne_edit_rows.c): where they lie, with mark (L, f) as scratch; their contents; overlay from deltas; deltas to the host. */
+void       kne_rows_layout(batch *b, int32_t *mark);
+void       kne_rows_fill(batch *b, int32_t *mark);
+void       kne_rows_compose(batch *b);
+kne_status kne_rows_fetch(batch *b, kne_err *err);
 
 /* yield between passes; KNE_ERR_CANCELLED when the job must stop. Marks single edits that were cancelled. */
 kne_status kne_batch_pause(batch *b, kne_err *err);

@@ -269,13 +269,19 @@ int_order(const void *pa, const void *pb)
     return (a > b) - (a < b);
 }
 
+typedef struct ranked
+{
+    int32_t index; /* layer * f + neuron */
+    float   score;
+} ranked;
+
 /*
- * The ensemble of one edit from the scores of its object's tokens (tokens, L * f; NULL without attribution). score is scratch;
- * where energy ranks the neurons it holds that.
+ * The n best of one edit, from the scores of its object's tokens (tokens, L * f; NULL without attribution). score, order: scratch, (L * f)
+ * and (n).
  */
 static kne_status
-select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, float mean_all, float *score,
-                int32_t *order, kne_err *err)
+rank(batch *b, const edit *e, float *const *token, const float *mean_ref, float mean_all, float *score, int32_t *order,
+     ranked *best, kne_err *err)
 {
     const kne_arch *arch = &b->job->model->arch;
     const int32_t   f = arch->d_ff, s = e->out->n_tokens;
@@ -290,7 +296,7 @@ select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, f
     }
     else if (b->opt.select == KNE_SELECT_ALL)
         memset(score, 0, len * sizeof *score);
-    else if (b->opt.select == KNE_SELECT_ATTRIBUTION)
+    else
         for (size_t k = 0; k < len; k++)
         {
             float sum = 0;
@@ -303,17 +309,27 @@ select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, f
                 sum /= mean_ref[k] + (float) b->opt.contrast * mean_all;
             score[k] = sum;
         }
-    KNE_TRY(kne_select_top(score, f, b->opt.layer_min, b->opt.layer_max, e->n, order, err));
+    KNE_TRY(kne_select_top(b->job->backend, score, f, b->opt.layer_min, b->opt.layer_max, e->n, order, err));
+    for (int32_t i = 0; i < e->n; i++)
+        best[i] = (ranked) {order[i], score[order[i]]};
+    return KNE_OK;
+}
+
+/* best (n), highest first, becomes the ensemble. */
+static void
+keep_ensemble(batch *b, edit *e, float *const *token, const ranked *best)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const int32_t   f = arch->d_ff, s = e->out->n_tokens;
 
     for (int32_t i = 0; i < e->n; i++)
     {
-        kne_ensemble_row *row = &e->out->ensemble[i];
-        float            *ts = e->token_score + (size_t) i * (size_t) s;
+        float *ts = e->token_score + (size_t) i * (size_t) s;
 
-        *row = (kne_ensemble_row) {order[i] / f, order[i] % f, score[order[i]], ts};
+        e->out->ensemble[i] = (kne_ensemble_row) {best[i].index / f, best[i].index % f, best[i].score, ts};
         for (int32_t j = 0; j < s; j++)
-            ts[j] = token ? token[j][order[i]] : 0;
-        e->index[i] = order[i];
+            ts[j] = token ? token[j][best[i].index] : 0;
+        e->index[i] = best[i].index;
     }
     qsort(e->index, (size_t) e->n, sizeof *e->index, int_order);
     for (int32_t l = 0, i = 0; l <= arch->n_layers; l++)
@@ -322,7 +338,6 @@ select_ensemble(batch *b, edit *e, float *const *token, const float *mean_ref, f
             i++;
         e->from[l] = i;
     }
-    return KNE_OK;
 }
 
 static void
@@ -347,32 +362,48 @@ plan_layout(batch *b)
     }
 }
 
+static int
+by_index(const void *pa, const void *pb)
+{
+    const ranked *a = pa, *b = pb;
+
+    return a->index != b->index ? (a->index < b->index ? -1 : 1) : (a->score < b->score) - (a->score > b->score);
+}
+
+static int
+by_score(const void *pa, const void *pb)
+{
+    const ranked *a = pa, *b = pb;
+
+    return a->score != b->score ? (a->score < b->score ? 1 : -1) : (a->index > b->index) - (a->index < b->index);
+}
+
 /*
- * The score by energy of each live edit of [from, to) into *out (n_tokens, L * f; grown), at the row of its first object token: 1 over
- * the rank that a neuron has for any of the tokens (0 below the size of an ensemble). So each token has its share of the ensemble: what
- * follows the first one stands on activations that no known fact has, and would take it whole. order: (size of an ensemble).
+ * The ensembles by energy of the live edits of [from, to). A neuron's score is 1 over the best rank that it has for any of the edit's
+ * tokens (none below the size of an ensemble). So each token has its share of the ensemble: what follows the first one stands on
+ * activations that no known fact has, and would take it whole. token: attribution, of n_tokens in all.
  */
 static kne_status
-energies(batch *b, int32_t from, int32_t to, size_t n_tokens, float **out, int32_t *order, kne_err *err)
+energies(batch *b, struct kne_ref_cache *cache, int32_t from, int32_t to, size_t n_tokens, float *const *token, kne_err *err)
 {
-    const kne_edit_job *job = b->job;
-    const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
-    size_t              n_prompts = 0, n = 0, used = 0;
-    kne_energy_of      *of = malloc((n_tokens + 1) * sizeof *of);
-    kne_tokens         *prompt;
-    kne_status          st = KNE_OK;
+    const kne_edit_job  *job = b->job;
+    const kne_energy_top want = {b->opt.layer_min, b->opt.layer_max, kne_ensemble_size(&job->model->arch, &b->opt)};
+    size_t               n_prompts = 0, n = 0, used = 0;
+    kne_energy_of       *of = malloc((n_tokens + 1) * sizeof *of);
+    int32_t             *top = malloc((n_tokens * (size_t) want.n + 1) * sizeof *top);
+    ranked              *all = malloc((n_tokens * (size_t) want.n + 1) * sizeof *all);
+    kne_tokens          *prompt;
+    kne_status           st = KNE_OK;
 
     for (int32_t i = from; i < to; i++)
         n_prompts += (size_t) b->edit[i].out->n_tokens * (size_t) b->edit[i].spec->n_prompts;
     prompt = malloc((n_prompts + 1) * sizeof *prompt);
-    free(*out);
-    *out = malloc(n_tokens * len * sizeof **out);
-    if (!of || !prompt || !*out)
+    if (!of || !prompt || !top || !all)
         st = kne_error(err, KNE_ERR_NOMEM, "out of memory for the energies of %zu tokens", n_tokens);
     for (int32_t i = from; i < to && st == KNE_OK; i++)
         for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens; j++, n++)
         {
-            of[n] = (kne_energy_of) {prompt + used, 0, *out + n * len};
+            of[n] = (kne_energy_of) {.prompt = prompt + used, .top = top + n * (size_t) want.n};
             for (int32_t p = 0; p < b->edit[i].spec->n_prompts; p++)
             {
                 const kne_tokens *t = &b->edit[i].prompt[p];
@@ -384,30 +415,37 @@ energies(batch *b, int32_t from, int32_t to, size_t n_tokens, float **out, int32
             }
         }
     if (st == KNE_OK)
-        st = kne_energy(job->model, job->backend, job->view, b->protect, b->n_protect, b->opt.ridge, of, (int32_t) n, &job->calls,
-                        err);
+        st = kne_energy(job->model, job->backend, job->view, kne_ref_cache_energy(cache), b->protect, b->n_protect, b->opt.ridge, of,
+                        (int32_t) n, &want, &job->calls, err);
     n = 0;
     for (int32_t i = from; i < to && st == KNE_OK; i++)
     {
-        float *first = *out + n * len;
+        const int32_t s = b->edit[i].out->n_tokens;
+        size_t        many = 0, kept = 0;
 
-        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens && st == KNE_OK; j++, n++)
-        {
-            st = kne_select_top(*out + n * len, job->model->arch.d_ff, b->opt.layer_min, b->opt.layer_max, b->edit[i].n, order, err);
-            if (j == 0)
-                memset(first, 0, len * sizeof *first);
-            for (int32_t k = 0; st == KNE_OK && k < b->edit[i].n; k++)
-                first[order[k]] = fmaxf(first[order[k]], 1.0f / (float) (k + 1));
-        }
+        if (b->edit[i].state == EDIT_ENDED)
+            continue;
+        for (int32_t j = 0; j < s; j++)
+            for (int32_t k = 0; k < want.n; k++)
+                all[many++] = (ranked) {of[n + (size_t) j].top[k], 1.0f / (float) (k + 1)};
+        qsort(all, many, sizeof *all, by_index);
+        for (size_t k = 0; k < many; k++)
+            if (!kept || all[kept - 1].index != all[k].index)
+                all[kept++] = all[k];
+        qsort(all, kept, sizeof *all, by_score);
+        keep_ensemble(b, &b->edit[i], token + n, all);
+        n += (size_t) s;
     }
     free(of);
     free(prompt);
+    free(top);
+    free(all);
     return st;
 }
 
 /* Attribute and select, as many edits at a time as SCORE_BYTES lets their scores stand side by side. */
 static kne_status
-ensembles(batch *b, kne_err *err)
+ensembles(batch *b, struct kne_ref_cache *cache, kne_err *err)
 {
     const kne_edit_job *job = b->job;
     const kne_arch     *arch = &job->model->arch;
@@ -417,13 +455,13 @@ ensembles(batch *b, kne_err *err)
     const size_t        most = SCORE_BYTES / (len * sizeof(float)) > 32 ? SCORE_BYTES / (len * sizeof(float)) : 32;
     float  *mean_ref = calloc(len, sizeof *mean_ref), *score = malloc(len * sizeof *score), *buf = NULL, **at = NULL;
     int32_t *order = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *order);
+    ranked  *best = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *best);
     kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
-    float      *energy = NULL;
     kne_ids    *own = calloc((size_t) job->n_edits + 1, sizeof *own); /* prompt and present answer, option "current" */
     size_t      n_buf = 0;
     int32_t     n_ref = 0;
     float       mean_all = 0;
-    kne_status  st = mean_ref && score && order && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    kne_status  st = mean_ref && score && order && best && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     plan_layout(b);
     if (st == KNE_OK)
@@ -503,16 +541,19 @@ ensembles(batch *b, kne_err *err)
             }
             st = kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n_facts, at, &job->calls, err);
         }
-        if (st == KNE_OK && by_energy && n_facts)
-            st = energies(b, from, to, n_tokens, &energy, order, err);
         for (size_t k = 0; k < n_tokens && st == KNE_OK; k++)
             at[k] = buf ? buf + k * len : NULL;
+        if (st == KNE_OK && by_energy && n_facts)
+            st = energies(b, cache, from, to, n_tokens, at, err);
         size_t k = 0;
-        for (int32_t i = from; i < to && st == KNE_OK; i++)
+        for (int32_t i = from; i < to && st == KNE_OK && !by_energy; i++)
             if (b->edit[i].state != EDIT_ENDED)
             {
-                st = select_ensemble(b, &b->edit[i], attribute ? at + k : NULL, n_ref ? mean_ref : NULL, mean_all,
-                                     by_energy ? energy + k * len : score, order, err);
+                float *const *token = attribute ? at + k : NULL;
+
+                st = rank(b, &b->edit[i], token, n_ref ? mean_ref : NULL, mean_all, score, order, best, err);
+                if (st == KNE_OK)
+                    keep_ensemble(b, &b->edit[i], token, best);
                 k += (size_t) b->edit[i].out->n_tokens;
             }
     }
@@ -520,10 +561,10 @@ ensembles(batch *b, kne_err *err)
         kne_ids_free(&own[i]);
     free(own);
     free(fact);
-    free(energy);
     free(mean_ref);
     free(score);
     free(order);
+    free(best);
     free(buf);
     free(at);
     return st;
@@ -563,5 +604,5 @@ kne_batch_plan(batch *b, kne_err *err)
         cache = b->cache;
     }
     KNE_TRY(references(b, cache, err));
-    return ensembles(b, err);
+    return ensembles(b, cache, err);
 }

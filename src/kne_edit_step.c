@@ -8,7 +8,6 @@
  * run once more together and those that others disturbed go on.
  */
 #include "kne_edit_impl.h"
-#include "kne_metric.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -17,206 +16,6 @@
 #define PASS_ROWS 1024
 #define ANCHOR_BYTES ((size_t) 1 << 30) /* of the anchors' distributions */
 #define ANCHOR_QUIET 1e-3 /* divergence at a position, below which an anchor need not be seen every round */
-#define ADAM_B1 0.9f
-#define ADAM_B2 0.999f
-
-static const kne_mat *
-matrix_of(const kne_layer *layer, int k)
-{
-    return k == KNE_MATRIX_DOWN ? &layer->down : k == KNE_MATRIX_GATE ? &layer->gate : &layer->up;
-}
-
-/* ---- the union of rows ---- */
-
-/* Neurons of the view and of the live edits, and each edit's places among them. Runs twice. */
-static kne_status
-union_layout(batch *b, int32_t *mark, kne_err *err)
-{
-    const kne_edit_job *job = b->job;
-    const kne_arch     *arch = &job->model->arch;
-    const int32_t       L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
-    shared_rows        *u = &b->rows;
-    anchor_set         *a = &b->anchors;
-    bool                view_has[N_MATRICES] = {false};
-
-    if (!b->run.base) /* counting: mark what is there */
-    {
-        memset(mark, 0, (size_t) L * (size_t) f * sizeof *mark);
-        for (int32_t l = 0; l < L; l++)
-            for (int32_t i = 0; i < job->view->layer[l].n; i++)
-                mark[l * f + job->view->neuron[l][i]] = 1;
-        for (int32_t i = 0; i < job->n_edits; i++)
-            for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].n; j++)
-                mark[b->edit[i].index[j]] = 2;
-        u->n = u->max_layer = a->n_neurons = a->widest = 0;
-        for (int32_t l = 0; l < L; l++)
-        {
-            int32_t n = 0, mine = 0;
-
-            for (int32_t k = 0; k < f; k++)
-            {
-                n += mark[l * f + k] > 0;
-                mine += mark[l * f + k] == 2;
-            }
-            u->n += n;
-            u->max_layer = n > u->max_layer ? n : u->max_layer;
-            a->n_neurons += mine;
-            a->widest = mine > a->widest ? mine : a->widest;
-        }
-    }
-    for (int32_t i = 0; i < job->view->n_edits; i++)
-        for (int32_t r = 0; r < job->view->delta[i]->n_rows; r++)
-            view_has[job->view->delta[i]->row[r].matrix] = true;
-
-    u->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *u->from);
-    u->neuron = kne_arena_take(&b->run, (size_t) u->n, sizeof *u->neuron);
-    u->dev_neuron = kne_arena_take(&b->dev, (size_t) u->n, sizeof *u->dev_neuron);
-    u->layer = kne_arena_take(&b->run, (size_t) L, sizeof *u->layer);
-    a->from = kne_arena_take(&b->run, (size_t) L + 1, sizeof *a->from);
-    a->neuron = kne_arena_take(&b->run, (size_t) a->n_neurons, sizeof *a->neuron);
-    a->dev_neuron = kne_arena_take(&b->dev, (size_t) a->n_neurons, sizeof *a->dev_neuron);
-    for (int k = 0; k < N_MATRICES; k++)
-        if (b->moves[k] && b->opt.beta > 0)
-        {
-            a->grad[k] = kne_arena_take(&b->run, (size_t) a->n_neurons * (size_t) d, sizeof(float));
-            a->dev_grad[k] = kne_arena_take(&b->dev, (size_t) a->n_neurons * (size_t) d, sizeof(float));
-        }
-    for (int k = 0; k < N_MATRICES; k++)
-    {
-        bool key = k != KNE_MATRIX_DOWN; /* keys go together: both of a gated FFN or none */
-        bool used = b->moves[k] || view_has[k] ||
-                    (key && (view_has[KNE_MATRIX_GATE] || view_has[KNE_MATRIX_UP]));
-
-        if (!used || (k == KNE_MATRIX_GATE && !arch->gated))
-            continue;
-        u->base[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
-        u->before[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
-        u->eff[k] = kne_arena_take(&b->run, (size_t) u->n * (size_t) d, sizeof(float));
-        u->dev_eff[k] = kne_arena_take(&b->dev, (size_t) u->n * (size_t) d, sizeof(float));
-    }
-    return KNE_OK;
-}
-
-static void
-union_fill(batch *b, int32_t *mark)
-{
-    const kne_edit_job *job = b->job;
-    const kne_model    *m = job->model;
-    const int32_t       L = m->arch.n_layers, f = m->arch.d_ff, d = m->arch.d_model;
-    shared_rows        *u = &b->rows;
-    anchor_set         *a = &b->anchors;
-    int32_t             n = 0, mine = 0;
-
-    for (int32_t l = 0; l < L; l++)
-    {
-        a->from[l] = mine;
-        for (int32_t k = 0; k < f; k++)
-            if (mark[l * f + k] == 2)
-                a->neuron[mine++] = k;
-        u->from[l] = n;
-        for (int32_t k = 0; k < f; k++)
-            if (mark[l * f + k])
-            {
-                u->neuron[n] = k;
-                mark[l * f + k] = n++; /* now: its row */
-            }
-        u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->dev_neuron + u->from[l]};
-    }
-    u->from[L] = n;
-    a->from[L] = mine;
-    kne_device_put(job->backend, u->dev_neuron, u->neuron, (size_t) n * sizeof *u->neuron);
-    kne_device_put(job->backend, a->dev_neuron, a->neuron, (size_t) mine * sizeof *a->neuron);
-    u->overlay.layer = u->layer;
-    for (int32_t i = 0; i < job->n_edits; i++)
-    {
-        edit *e = &b->edit[i];
-
-        for (int32_t l = 0; e->state != EDIT_ENDED && l < L; l++)
-            for (int32_t j = e->from[l], at = a->from[l]; j < e->from[l + 1]; j++)
-            {
-                while (a->neuron[at] != e->index[j] - l * f)
-                    at++;
-                e->mine[j] = at;
-                e->place[j] = mark[e->index[j]];
-            }
-    }
-
-    for (int k = 0; k < N_MATRICES; k++)
-    {
-        if (!u->base[k])
-            continue;
-        for (int32_t l = 0; l < L; l++)
-        {
-            const kne_mat *w = matrix_of(&m->layer[l], k);
-            size_t         at = (size_t) u->from[l] * (size_t) d;
-            float         *eff = u->dev_eff[k] + at;
-
-            job->backend->gather_neurons(job->backend->ctx, eff, w, (k == KNE_MATRIX_DOWN) != w->transposed,
-                                         u->layer[l].neuron, u->layer[l].n);
-            if (k == KNE_MATRIX_DOWN)
-                u->layer[l].value_diff = eff;
-            else if (k == KNE_MATRIX_GATE)
-                u->layer[l].gate = eff;
-            else
-                u->layer[l].up = eff;
-        }
-        job->backend->get(job->backend->ctx, u->base[k], u->dev_eff[k], (size_t) u->n * (size_t) d * sizeof(float));
-        memcpy(u->before[k], u->base[k], (size_t) u->n * (size_t) d * sizeof(float));
-    }
-    for (int32_t i = 0; i < job->view->n_edits; i++) /* ascending edit_id, as kne_view sums them */
-        for (int32_t r = 0; r < job->view->delta[i]->n_rows; r++)
-        {
-            const kne_delta_row *row = &job->view->delta[i]->row[r];
-            float               *at = u->before[row->matrix] + (size_t) mark[row->layer * f + row->neuron] * (size_t) d;
-
-            for (int32_t c = 0; c < d; c++)
-                at[c] += row->v[c];
-        }
-}
-
-/* Effective rows from the deltas as they are now. */
-static void
-compose(batch *b)
-{
-    const kne_model *m = b->job->model;
-    const int32_t    L = m->arch.n_layers, d = m->arch.d_model;
-    shared_rows     *u = &b->rows;
-
-    for (int k = 0; k < N_MATRICES; k++)
-    {
-        if (!u->base[k])
-            continue;
-        memcpy(u->eff[k], u->before[k], (size_t) u->n * (size_t) d * sizeof(float));
-        for (int32_t i = 0; b->moves[k] && i < b->job->n_edits; i++)
-        {
-            const edit *e = &b->edit[i];
-
-            if (e->state == EDIT_ENDED)
-                continue;
-            for (int32_t j = 0; j < e->n; j++)
-            {
-                const float *delta = e->delta[k] + (size_t) j * (size_t) d;
-                float       *eff = u->eff[k] + (size_t) e->place[j] * (size_t) d;
-
-                for (int32_t c = 0; c < d; c++)
-                    eff[c] += delta[c];
-            }
-        }
-        for (int32_t l = 0; l < L; l++)
-        {
-            kne_dtype type = matrix_of(&m->layer[l], k)->type;
-            size_t    from = (size_t) u->from[l] * (size_t) d, to = (size_t) u->from[l + 1] * (size_t) d;
-
-            for (size_t i = from; i < to; i++)
-            {
-                float eff = kne_round_to(u->eff[k][i], type);
-
-                u->eff[k][i] = k == KNE_MATRIX_DOWN ? eff - u->base[k][i] : eff;
-            }
-        }
-        kne_device_put(b->job->backend, u->dev_eff[k], u->eff[k], (size_t) u->n * (size_t) d * sizeof(float));
-    }
-}
 
 /* ---- layout ---- */
 
@@ -282,10 +81,8 @@ static void
 layout(batch *b)
 {
     const kne_arch *arch = &b->job->model->arch;
-    const int32_t   L = arch->n_layers, d = arch->d_model;
     anchor_set     *a = &b->anchors;
     int32_t         rows = 1, outs = 1, total = a->n_rows, total_outs = a->n_outs, widest = a->widest > 1 ? a->widest : 1;
-    const edit     *first = NULL;
 
     for (int32_t i = 0; i < b->job->n_edits; i++)
     {
@@ -298,35 +95,6 @@ layout(batch *b)
         outs = e->n_outs > outs ? e->n_outs : outs;
         total += e->n_rows;
         total_outs += e->n_outs;
-        e->dev_index = kne_arena_take(&b->dev, (size_t) e->n, sizeof *e->dev_index);
-        e->owns_chol = b->opt.step == KNE_STEP_PROTECTED && !(b->opt.select == KNE_SELECT_ALL && first);
-        if (e->owns_chol)
-            e->chol = kne_arena_take(&b->run, (size_t) L, sizeof *e->chol);
-        else if (first)
-            e->chol = first->chol; /* the same neurons */
-        if (!first)
-            first = e;
-        for (int32_t l = 0; l < L; l++)
-        {
-            size_t  n = (size_t) (e->from[l + 1] - e->from[l]);
-            double *c = n && e->owns_chol ? kne_arena_take(&b->run, n * n, sizeof *c) : NULL;
-
-            if (e->chol && e->owns_chol)
-                e->chol[l] = c;
-            widest = (int32_t) n > widest ? (int32_t) n : widest;
-        }
-        for (int k = 0; k < N_MATRICES; k++)
-            if (b->moves[k])
-            {
-                size_t n = (size_t) e->n * (size_t) d;
-
-                e->delta[k] = kne_arena_take(&b->run, n, sizeof(float));
-                e->grad[k] = kne_arena_take(&b->run, n, sizeof(float));
-                e->dev_grad[k] = kne_arena_take(&b->dev, n, sizeof(float));
-                e->mean[k] = kne_arena_take(&b->run, n, sizeof(float));
-                if (b->opt.step == KNE_STEP_ADAM)
-                    e->var[k] = kne_arena_take(&b->run, n, sizeof(float));
-            }
     }
     float *logp = kne_arena_take(&b->dev, (size_t) a->n_outs, (size_t) arch->vocab_size * sizeof *logp);
 
@@ -358,7 +126,6 @@ layout(batch *b)
     b->kl = kne_arena_take(&b->run, (size_t) outs, sizeof *b->kl);
     b->best = kne_arena_take(&b->run, (size_t) outs, sizeof *b->best);
     b->gathered = kne_arena_take(&b->dev, (size_t) rows * (size_t) widest, sizeof *b->gathered);
-    b->column = kne_arena_take(&b->run, (size_t) widest * KNE_METRIC_COLUMNS, sizeof *b->column);
 }
 
 /* ---- passes ---- */
@@ -384,33 +151,46 @@ collect_gradient(void *ctx, const kne_ffn_grad *g)
     /* a value vector's gradient is a^T dy, a key's is (its pre-activation's gradient)^T h */
     const float *const left[N_MATRICES] = {g->a, g->dgate, g->dup};
     const float *const right[N_MATRICES] = {g->dy, g->h, g->h};
-    const anchor_set *a = &b->anchors;
-    const int32_t     a0 = a->rows ? a->from[g->layer] : 0, n_a = a->rows ? a->from[g->layer + 1] - a0 : 0;
+    const anchor_set  *a = &b->anchors;
+    const moving_rows *m = &b->moving;
+    const int32_t      a0 = a->rows ? a->from[g->layer] : 0, n_a = a->rows ? a->from[g->layer + 1] - a0 : 0;
+    const int32_t      r0 = m->grad_from[g->layer], n = m->grad_from[g->layer + 1] - r0;
 
-    for (int k = 0; n_a && k < N_MATRICES; k++)
-        if (b->moves[k])
+    for (int k = 0; k < N_MATRICES; k++)
+    {
+        if (!b->moves[k])
+            continue;
+        if (n_a)
         {
             be->gather_cols(be->ctx, b->gathered, left[k], f, a->dev_neuron + a0, a->rows, n_a);
-            be->matmul_tn(be->ctx, a->dev_grad[k] + (size_t) a0 * (size_t) d, d, b->gathered, n_a, right[k], d, n_a, d,
-                          a->rows, 1);
+            be->matmul_tn(be->ctx, a->grad[k] + (size_t) a0 * (size_t) d, d, b->gathered, n_a, right[k], d, n_a, d, a->rows, 1);
         }
-    for (int32_t i = 0; i < b->n_turn; i++)
-    {
-        edit   *e = b->turn[i];
-        int32_t from = e->from[g->layer], n = e->from[g->layer + 1] - from, t = e->row1 - e->row0;
+        if (n)
+            be->grad_rows(be->ctx, m->grad[k], m->grad_row + r0, n, left[k], f, right[k], d, b->gathered);
+    }
+}
 
-        if (n == 0 || e->state != EDIT_ACTIVE)
-            continue;
-        for (int k = 0; k < N_MATRICES; k++)
+/* The rows of the gradient that the pass gives, layer by layer. */
+static void
+list_gradient(batch *b)
+{
+    const int32_t L = b->job->model->arch.n_layers;
+    moving_rows  *m = &b->moving;
+    int32_t       n = 0;
+
+    for (int32_t l = 0; l < L; l++)
+    {
+        m->grad_from[l] = n;
+        for (int32_t i = 0; i < b->n_turn; i++)
         {
-            if (!b->moves[k])
-                continue;
-            be->gather_cols(be->ctx, b->gathered, left[k] + (size_t) e->row0 * (size_t) f, f,
-                            e->dev_index + from, t, n);
-            be->matmul_tn(be->ctx, e->dev_grad[k] + (size_t) from * (size_t) d, d, b->gathered, n,
-                          right[k] + (size_t) e->row0 * (size_t) d, d, n, d, t, 0);
+            const edit *e = b->turn[i];
+
+            for (int32_t j = e->from[l]; j < e->from[l + 1]; j++)
+                m->host_grad_row[n++] = (kne_grad_row) {e->row + j, e->index[j], e->row0, e->row1};
         }
     }
+    m->grad_from[L] = n;
+    kne_device_put(b->job->backend, m->grad_row, m->host_grad_row, (size_t) n * sizeof *m->grad_row);
 }
 
 /*
@@ -434,32 +214,107 @@ n_outs(const batch *b, int32_t i)
     return t->n - t->n_prompt;
 }
 
-/* w->dlogits: of the divergence of the anchors packed, whose sum goes to the round's loss, and of -log P of the edits. */
-static kne_status
-loss_gradient(batch *b, kne_err *err)
+/* Out rows of the anchors; those of the edits follow. */
+static int32_t
+anchor_outs(const batch *b)
 {
-    kne_backend  *be = b->job->backend;
-    kne_work     *w = b->work;
-    const int32_t V = b->job->model->arch.vocab_size;
-    anchor_set   *a = &b->anchors;
-    const int32_t n_kl = b->n_turn ? b->turn[0]->out0 : b->pack.b.n_out; /* out rows of the anchors */
+    return b->n_turn ? b->turn[0]->out0 : b->pack.b.n_out;
+}
 
-    for (int32_t k = 0; k < n_kl; k++)
-        b->coef[k] = 1;
-    kne_device_put(be, w->coef, b->coef, (size_t) b->pack.b.n_out * sizeof *b->coef);
+/* Everything up to the losses; w->dlogits of the anchors' divergence. */
+static kne_status
+forward_ops(batch *b, int32_t first_layer, bool learn, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    kne_backend        *be = job->backend;
+    kne_work           *w = b->work;
+    const int32_t       V = job->model->arch.vocab_size;
+    const anchor_set   *a = &b->anchors;
+
+    KNE_TRY(kne_forward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, first_layer, err));
+    be->logprob(be->ctx, w->logp, w->best, NULL, w->logits, w->target, NULL, b->pack.b.n_out, V);
     /* the references of neighbours lie one after the other */
-    for (int32_t at = 0, to, out = 0, outs; at < a->n_turn; at = to, out += outs)
+    for (int32_t at = 0, to, out = 0, outs; learn && at < a->n_turn; at = to, out += outs)
     {
         for (to = at, outs = 0; to < a->n_turn && a->turn[to] - a->turn[at] == to - at; to++)
             outs += n_outs(b, a->turn[to]);
         be->kl(be->ctx, w->kl + out, w->dlogits + (size_t) out * (size_t) V, w->logits + (size_t) out * (size_t) V,
                a->logp[a->turn[at]], w->coef + out, outs, V);
     }
-    if (b->pack.b.n_out > n_kl)
-        be->logprob(be->ctx, w->logp + n_kl, NULL, w->dlogits + (size_t) n_kl * (size_t) V,
-                    w->logits + (size_t) n_kl * (size_t) V, w->target + n_kl, w->coef + n_kl, b->pack.b.n_out - n_kl, V);
-    be->get(be->ctx, b->kl, w->kl, (size_t) n_kl * sizeof *b->kl);
-    for (int32_t at = 0, out = 0; at < a->n_turn; at++)
+    return be->status(be->ctx, err);
+}
+
+/* Everything from the losses of the edits to the step. */
+static kne_status
+backward_ops(batch *b, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    kne_backend        *be = job->backend;
+    kne_work           *w = b->work;
+    moving_rows        *m = &b->moving;
+    const int32_t       V = job->model->arch.vocab_size, n_kl = anchor_outs(b), n = b->pack.b.n_out - n_kl;
+    const int64_t       d = job->model->arch.d_model;
+    int32_t             parts = 0;
+
+    if (n)
+        be->logprob(be->ctx, w->logp + n_kl, NULL, w->dlogits + (size_t) n_kl * (size_t) V, w->logits + (size_t) n_kl * (size_t) V,
+                    w->target + n_kl, w->coef + n_kl, n, V);
+    KNE_TRY(kne_backward(job->model, be, w, &b->pack.b, &b->rows.overlay, NULL, b->lowest, collect_gradient, b, err));
+    for (int k = 0; k < N_MATRICES && b->n_turn; k++)
+    {
+        if (!b->moves[k])
+            continue;
+        if (b->anchors.n)
+            be->add_anchors(be->ctx, m->grad[k], b->anchors.grad[k], m->mine, m->owner, m->mover, m->n, d);
+        if (b->opt.step == KNE_STEP_ADAM)
+        {
+            be->adam(be->ctx, m->delta[k], m->mean[k], m->var[k], m->grad[k], m->owner, m->mover, m->n, d);
+            continue;
+        }
+        /* the metric is that of the value vectors' inputs; keys take the plain gradient */
+        if (k == KNE_MATRIX_DOWN)
+            be->solve(be->ctx, m->mean[k], (float) b->opt.momentum, 1, m->grad[k], m->metric, m->block, m->n_block, m->max_block,
+                      m->mover, d, m->column);
+        else
+            be->momentum(be->ctx, m->mean[k], (float) b->opt.momentum, m->grad[k], m->owner, m->mover, m->n, d);
+        be->row_norms(be->ctx, m->norm + (size_t) parts++ * (size_t) m->n, m->mean[k], m->n, d);
+    }
+    for (int k = 0; k < N_MATRICES && parts; k++)
+        if (b->moves[k])
+            be->step(be->ctx, m->delta[k], m->mean[k], m->norm, parts, m->owner, m->mover, m->n, d);
+    return be->status(be->ctx, err);
+}
+
+/* Ops of one kind (a small number), recorded where the device can: the sequences packed decide all of them. */
+static kne_status
+replayed(batch *b, int kind, kne_status (*ops)(batch *, int32_t, bool, kne_err *), int32_t first_layer, bool learn, kne_err *err)
+{
+    kne_backend *be = b->job->backend;
+    uint64_t     key = b->pass_key + (uint64_t) kind;
+
+    if (!be->begin)
+        return ops(b, first_layer, learn, err);
+    key = kne_random_next(&key);
+    while (!be->begin(be->ctx, key))
+    {
+        const kne_status st = ops(b, first_layer, learn, err);
+        const bool       done = be->end(be->ctx);
+
+        if (st != KNE_OK)
+            return st;
+        if (done)
+            break;
+    }
+    return be->status(be->ctx, err);
+}
+
+/* What came out: the edits' losses and states, the anchors' divergence and their turn to rest. */
+static void
+read_losses(batch *b, bool learn)
+{
+    anchor_set *a = &b->anchors;
+
+    for (int32_t at = 0, out = 0; learn && at < a->n_turn; at++)
     {
         const int32_t i = a->turn[at], n = n_outs(b, i);
         double        sum = 0;
@@ -470,71 +325,117 @@ loss_gradient(batch *b, kne_err *err)
         a->pause[i] = sum > ANCHOR_QUIET * n ? 0 : a->pause[i] ? 4 : 1;
         a->rest[i] = a->pause[i];
     }
-    return be->status(be->ctx, err);
-}
-
-/* What backward left on the device. */
-static kne_status
-fetch_gradients(batch *b, kne_err *err)
-{
-    kne_backend  *be = b->job->backend;
-    const size_t  row = (size_t) b->job->model->arch.d_model * sizeof(float);
-    anchor_set   *a = &b->anchors;
-
-    for (int k = 0; k < N_MATRICES; k++)
-    {
-        if (!b->moves[k])
-            continue;
-        if (a->rows)
-            be->get(be->ctx, a->grad[k], a->dev_grad[k], (size_t) a->n_neurons * row);
-        for (int32_t i = 0; i < b->n_turn; i++)
-            if (b->turn[i]->state == EDIT_ACTIVE)
-                be->get(be->ctx, b->turn[i]->grad[k], b->turn[i]->dev_grad[k], (size_t) b->turn[i]->n * row);
-    }
-    return be->status(be->ctx, err);
-}
-
-/*
- * One forward pass over the packed anchors and the edits in b->turn, with the losses; where learn is set, also the gradient of
- * those that are not reached. Sets e->loss and moves edits between ACTIVE and REACHED.
- */
-static kne_status
-run_pass(batch *b, bool learn, kne_err *err)
-{
-    const kne_edit_job *job = b->job;
-    kne_backend        *be = job->backend;
-    anchor_set         *a = &b->anchors;
-    bool                any = b->more && a->n_turn > 0;
-
-    kne_pack_share(&b->pack);
-    /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
-    KNE_TRY(kne_forward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL,
-                        b->pass_key == b->last_key ? b->lowest : 0, err));
-    b->last_key = b->pass_key;
-    kne_work_logprob(be, b->work, 0, b->pack.b.n_out, job->model->arch.vocab_size, b->pack.target, NULL, b->logp, b->best);
-    KNE_TRY(be->status(be->ctx, err));
     for (int32_t i = 0; i < b->n_turn; i++)
     {
         edit   *e = b->turn[i];
         int32_t out = e->out0;
 
         e->state = reached(b, e, out) ? EDIT_REACHED : EDIT_ACTIVE;
-        any |= e->state == EDIT_ACTIVE;
         e->loss = 0;
         for (int32_t k = 0; k < e->n_outs; k++)
         {
             e->loss -= b->logp[out + k] / e->n_outs;
             b->coef[out + k] = e->state == EDIT_ACTIVE ? -1.0f / (float) e->n_outs : 0; /* nothing once it has arrived */
         }
+        e->loss += anchor_weight(b, e) * a->loss;
     }
-    if (learn)
-        KNE_TRY(loss_gradient(b, err));
+}
+
+/*
+ * The step that an edit takes now. Protected: momentum on M^-1 G, a step of length lr |W_S| along it. An edit that has not
+ * arrived after a fifth of its steps has far to go, or goes too far: longer while its loss falls, shorter where it rises.
+ */
+static kne_mover
+next_step(const batch *b, edit *e)
+{
+    const double factor = b->opt.alpha > 0 ? b->opt.alpha / sqrt((double) e->n) : 1;
+    kne_mover    m = {.row = e->row, .n = e->n, .moves = 1};
+
+    e->out->steps++;
+    m.anchor = (float) anchor_weight(b, e);
+    if (b->opt.step == KNE_STEP_ADAM)
+    {
+        m.rate = (float) b->opt.lr * (float) factor;
+        m.c1 = 1 - powf(KNE_ADAM_B1, (float) e->out->steps);
+        m.c2 = 1 - powf(KNE_ADAM_B2, (float) e->out->steps);
+        return m;
+    }
+    if (5 * e->out->steps > b->opt.max_steps)
+        e->pace = e->loss < e->last_loss ? fmin(e->pace * 1.1, 8) : fmax(e->pace / 2, 0.125);
+    e->last_loss = e->loss;
+    m.rate = (float) (b->opt.lr * e->pace * e->w_norm * factor);
+    return m;
+}
+
+/* Who moves. An edit out of steps, or whose loss is no number, ends. */
+static bool
+plan_steps(batch *b)
+{
+    kne_mover *mover = b->moving.host_mover;
+    bool       any = false;
+
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        mover[i].moves = 0;
     for (int32_t i = 0; i < b->n_turn; i++)
-        b->turn[i]->loss += anchor_weight(b, b->turn[i]) * a->loss;
-    if (!learn || !any)
+    {
+        edit *e = b->turn[i];
+
+        if (e->state != EDIT_ACTIVE)
+            continue;
+        if (e->out->steps >= b->opt.max_steps || !isfinite(e->loss))
+        {
+            kne_edit_end(e, KNE_OUTCOME_FAILED, isfinite(e->loss)
+                             ? "the object was not reached in %d steps" : "the loss is not finite after %d steps",
+                         e->out->steps);
+            continue;
+        }
+        mover[e - b->edit] = next_step(b, e);
+        any = true;
+    }
+    return any;
+}
+
+static kne_status
+ops_of_step(batch *b, int32_t first_layer, bool learn, kne_err *err)
+{
+    return backward_ops(b, err);
+}
+
+/*
+ * One forward pass over the packed anchors and the edits in b->turn, with the losses; where learn is set, also a step of those that
+ * are not reached. Sets e->loss and moves edits between ACTIVE and REACHED.
+ */
+static kne_status
+run_pass(batch *b, bool learn, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    kne_backend        *be = job->backend;
+    kne_work           *w = b->work;
+    const bool          again = b->pass_key == b->last_key;
+    const size_t        n_out = (size_t) b->pack.b.n_out;
+
+    kne_pack_share(&b->pack);
+    kne_batch_put(be, w, &b->pack.b);
+    if (!again)
+        list_gradient(b);
+    kne_device_put(be, w->target, b->pack.target, n_out * sizeof *b->pack.target);
+    for (size_t k = 0; k < n_out; k++)
+        b->coef[k] = 1;
+    kne_device_put(be, w->coef, b->coef, n_out * sizeof *b->coef);
+    /* the same sequences as in the pass before: what lies below the lowest layer that moves is as it was */
+    KNE_TRY(replayed(b, again + 2 * learn, forward_ops, again ? b->lowest : 0, learn, err));
+    b->last_key = b->pass_key;
+    be->get(be->ctx, b->logp, w->logp, n_out * sizeof *b->logp);
+    be->get(be->ctx, b->best, w->best, n_out * sizeof *b->best);
+    if (learn)
+        be->get(be->ctx, b->kl, w->kl, (size_t) anchor_outs(b) * sizeof *b->kl);
+    KNE_TRY(be->status(be->ctx, err));
+    read_losses(b, learn);
+    if (!learn || !(plan_steps(b) | (b->more && b->anchors.n_turn > 0)))
         return KNE_OK;
-    KNE_TRY(kne_backward(job->model, be, b->work, &b->pack.b, &b->rows.overlay, NULL, b->lowest, collect_gradient, b, err));
-    return fetch_gradients(b, err);
+    kne_device_put(be, w->coef, b->coef, n_out * sizeof *b->coef);
+    kne_device_put(be, b->moving.mover, b->moving.host_mover, (size_t) job->n_edits * sizeof *b->moving.mover);
+    return replayed(b, 4, ops_of_step, 0, true, err);
 }
 
 static void
@@ -599,67 +500,6 @@ fill_edits(batch *b, edit_state wanted, int32_t *next)
     }
 }
 
-/* ---- the step ---- */
-
-/* Protected: momentum on M^-1 G, a step of length lr |W_S| along it. */
-static void
-protected_step(batch *b, edit *e)
-{
-    const int32_t L = b->job->model->arch.n_layers, d = b->job->model->arch.d_model;
-    double        norm = 0;
-
-    for (int k = 0; k < N_MATRICES; k++)
-    {
-        if (!b->moves[k])
-            continue;
-        /* the metric is that of the value vectors' inputs; keys take the plain gradient */
-        for (int32_t l = 0; k == KNE_MATRIX_DOWN && l < L; l++)
-        {
-            int32_t from = e->from[l], n = e->from[l + 1] - from;
-            float  *g = e->grad[k] + (size_t) from * (size_t) d;
-
-            if (n)
-                kne_metric_solve(e->chol[l], n, g, g, d, b->column);
-        }
-        for (size_t i = 0; i < (size_t) e->n * (size_t) d; i++)
-        {
-            e->mean[k][i] = (float) b->opt.momentum * e->mean[k][i] + e->grad[k][i];
-            norm += (double) e->mean[k][i] * e->mean[k][i];
-        }
-    }
-    /* an edit that has not arrived after a fifth of its steps has far to go, or goes too far: longer while its loss falls, shorter where it rises */
-    if (5 * e->out->steps > b->opt.max_steps)
-        e->pace = e->loss < e->last_loss ? fmin(e->pace * 1.1, 8) : fmax(e->pace / 2, 0.125);
-    e->last_loss = e->loss;
-
-    double scale = norm > 0 ? b->opt.lr * e->pace * e->w_norm / sqrt(norm) : 0;
-    if (b->opt.alpha > 0)
-        scale *= b->opt.alpha / sqrt((double) e->n);
-    for (int k = 0; k < N_MATRICES; k++)
-        for (size_t i = 0; b->moves[k] && i < (size_t) e->n * (size_t) d; i++)
-            e->delta[k][i] -= (float) scale * e->mean[k][i];
-}
-
-static void
-adam_step(batch *b, edit *e)
-{
-    const int32_t d = b->job->model->arch.d_model;
-    const float   c1 = 1 - powf(ADAM_B1, (float) e->out->steps), c2 = 1 - powf(ADAM_B2, (float) e->out->steps);
-    float         lr = (float) b->opt.lr;
-
-    if (b->opt.alpha > 0)
-        lr *= (float) (b->opt.alpha / sqrt((double) e->n));
-    for (int k = 0; k < N_MATRICES; k++)
-        for (size_t i = 0; b->moves[k] && i < (size_t) e->n * (size_t) d; i++)
-        {
-            float g = e->grad[k][i];
-
-            e->mean[k][i] = ADAM_B1 * e->mean[k][i] + (1 - ADAM_B1) * g;
-            e->var[k][i] = ADAM_B2 * e->var[k][i] + (1 - ADAM_B2) * g * g;
-            e->delta[k][i] -= lr * (e->mean[k][i] / c1) / (sqrtf(e->var[k][i] / c2) + 1e-8f);
-        }
-}
-
 /* ---- the job ---- */
 
 /* The anchors' distributions in the view, before anything moves, and which of them hold. */
@@ -685,68 +525,6 @@ anchor_references(batch *b, kne_err *err)
     free(right);
     free(fact);
     return st;
-}
-
-/* The edit's gradient, to which that of the anchors is added for its neurons. */
-static void
-add_anchors(batch *b, edit *e)
-{
-    const int32_t d = b->job->model->arch.d_model;
-    const float   w = (float) anchor_weight(b, e);
-
-    for (int k = 0; b->anchors.n && k < N_MATRICES; k++)
-        for (int32_t j = 0; b->moves[k] && j < e->n; j++)
-        {
-            const float *from = b->anchors.grad[k] + (size_t) e->mine[j] * (size_t) d;
-            float       *to = e->grad[k] + (size_t) j * (size_t) d;
-
-            for (int32_t c = 0; c < d; c++)
-                to[c] += w * from[c];
-        }
-}
-
-static void
-prepare_edits(batch *b)
-{
-    const kne_arch *arch = &b->job->model->arch;
-    const int32_t   L = arch->n_layers, f = arch->d_ff, d = arch->d_model;
-
-    b->lowest = L;
-    for (int32_t l = 0; l < L; l++)
-    {
-        double mean = kne_metric_mean(b->protect, b->n_protect, l, f);
-
-        for (int32_t i = 0; i < b->job->n_edits; i++)
-        {
-            edit   *e = &b->edit[i];
-            int32_t from = e->state == EDIT_ENDED ? 0 : e->from[l], n = e->state == EDIT_ENDED ? 0 : e->from[l + 1] - from;
-
-            if (n && l < b->lowest)
-                b->lowest = l;
-            for (int32_t j = from; j < from + n; j++)
-                for (int k = 0; k < N_MATRICES; k++)
-                    for (int32_t c = 0; b->moves[k] && c < d; c++)
-                    {
-                        double v = b->rows.base[k][(size_t) e->place[j] * (size_t) d + (size_t) c];
-
-                        e->w_norm += v * v;
-                    }
-            for (int32_t j = from; j < from + n; j++)
-                e->index[j] -= l * f; /* from here on: the neuron within its layer */
-            if (n && e->owns_chol)
-                kne_metric_factor(e->chol[l], b->protect, b->n_protect, l, f, e->index + from, n, b->opt.ridge, mean,
-                                  b->column);
-        }
-    }
-    for (int32_t i = 0; i < b->job->n_edits; i++)
-    {
-        edit *e = &b->edit[i];
-
-        e->w_norm = sqrt(e->w_norm);
-        e->pace = 1;
-        if (e->state != EDIT_ENDED)
-            kne_device_put(b->job->backend, e->dev_index, e->index, (size_t) e->n * sizeof *e->index);
-    }
 }
 
 static void
@@ -777,6 +555,18 @@ count_state(const batch *b, edit_state s)
     return n;
 }
 
+/* e->index: layer * f + neuron, becomes the neuron within its layer (sign -1), and back. */
+static void
+layer_indices(batch *b, int32_t sign)
+{
+    const kne_arch *arch = &b->job->model->arch;
+
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        for (int32_t l = 0; l < arch->n_layers && b->edit[i].state != EDIT_ENDED; l++)
+            for (int32_t j = b->edit[i].from[l]; j < b->edit[i].from[l + 1]; j++)
+                b->edit[i].index[j] += sign * l * arch->d_ff;
+}
+
 kne_status
 kne_batch_optimise(batch *b, kne_err *err)
 {
@@ -791,7 +581,7 @@ kne_batch_optimise(batch *b, kne_err *err)
         st = gather_anchors(b, err);
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
-        union_layout(b, mark, err);
+        kne_rows_layout(b, mark);
         layout(b);
         if (turn == 0)
             st = kne_arena_commit(&b->run, err);
@@ -803,8 +593,8 @@ kne_batch_optimise(batch *b, kne_err *err)
                                  b->pack.max_place, &b->work, err);
     if (st == KNE_OK)
     {
-        union_fill(b, mark);
-        prepare_edits(b);
+        kne_rows_fill(b, mark);
+        layer_indices(b, -1);
         st = anchor_references(b, err);
     }
     free(mark);
@@ -820,7 +610,7 @@ kne_batch_optimise(batch *b, kne_err *err)
             st = kne_error(err, KNE_ERR_INTERNAL, "the batch does not settle");
         if (st != KNE_OK)
             break;
-        compose(b);
+        kne_rows_compose(b);
         if (count_state(b, EDIT_ACTIVE) == 0)
         {
             /* all reached, one after another: do they all hold together? */
@@ -843,12 +633,9 @@ kne_batch_optimise(batch *b, kne_err *err)
 
         b->anchors.loss = 0;
         for (int k = 0; k < N_MATRICES; k++)
-            if (b->anchors.dev_grad[k])
-            {
-                memset(b->anchors.grad[k], 0, (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
-                job->backend->zero(job->backend->ctx, b->anchors.dev_grad[k],
+            if (b->anchors.grad[k])
+                job->backend->zero(job->backend->ctx, b->anchors.grad[k],
                                    (size_t) b->anchors.n_neurons * (size_t) arch->d_model * sizeof(float));
-            }
         /* the anchors first, then the edits that take their gradient; all in one pass where there is room */
         while (st == KNE_OK && (next < job->n_edits || next_anchor < b->anchors.n))
         {
@@ -860,34 +647,15 @@ kne_batch_optimise(batch *b, kne_err *err)
                 break;
             b->more = next < job->n_edits;
             st = run_pass(b, true, err);
-            for (int32_t i = 0; i < b->n_turn && st == KNE_OK; i++)
-            {
-                edit *e = b->turn[i];
-
-                if (e->state != EDIT_ACTIVE)
-                    continue;
-                if (e->out->steps >= b->opt.max_steps || !isfinite(e->loss))
-                {
-                    kne_edit_end(e, KNE_OUTCOME_FAILED, isfinite(e->loss)
-                                     ? "the object was not reached in %d steps" : "the loss is not finite after %d steps",
-                                 e->out->steps);
-                    continue;
-                }
-                e->out->steps++;
-                add_anchors(b, e);
-                if (b->opt.step == KNE_STEP_PROTECTED)
-                    protected_step(b, e);
-                else
-                    adam_step(b, e);
-            }
             if (st == KNE_OK)
                 st = kne_batch_pause(b, err);
         }
     }
-    for (int32_t i = 0; i < job->n_edits && st == KNE_OK; i++)
-        for (int32_t l = 0; l < arch->n_layers && b->edit[i].state != EDIT_ENDED; l++)
-            for (int32_t j = b->edit[i].from[l]; j < b->edit[i].from[l + 1]; j++)
-                b->edit[i].index[j] += l * arch->d_ff;
+    if (st == KNE_OK)
+    {
+        layer_indices(b, 1);
+        st = kne_rows_fetch(b, err);
+    }
     kne_work_free(b->work);
     b->work = NULL;
     return st;

@@ -12,147 +12,208 @@
 #include <string.h>
 
 #define PASS_ROWS 512
+#define SCORE_BYTES ((size_t) 256 << 20) /* of the energies of one pass */
+
+/* What depends on the known facts and the ridge alone: A and the metric of every layer. */
+struct kne_energy_known
+{
+    uint64_t          key;
+    kne_backend      *be;
+    int32_t           n_rows;   /* R */
+    double           *ridge_at; /* (L) r, of the host */
+    kne_arena         run, dev;
+    float            *a;        /* (L, R, f) */
+    double           *m;        /* (L, R, R) of A A^T / R + r I */
+    float            *gram;     /* (R, R) scratch */
+    float            *minus;    /* (R) -1 / R */
+    kne_metric_block *block;    /* (L) */
+};
 
 typedef struct energy_pass
 {
-    const kne_model         *m;
-    kne_backend             *be;
-    const kne_ref *const    *ref;
-    int32_t                  n_ref, n_rows; /* R */
-    double                   ridge;
-    kne_pack                 pack;
-    kne_work                *work;
-    const kne_energy_of     *of; /* of the pass */
-    int32_t                  n_of;
-    const int32_t           *row0; /* (n_of + 1) their rows in the pass */
-    double                 **chol; /* (L) each (R, R), made when first needed */
-    double                  *ridge_at; /* (L) r */
-    float                   *known, *known_t; /* (R, f), (f, R) */
-    float                   *a, *a_t, *dy, *z, *b; /* (rows, f), (f, rows), (rows, d), (f, rows), (R, rows) */
-    double                  *k, *column; /* (rows, rows), (R, KNE_METRIC_COLUMNS) */
-    float                   *dev_known, *dev_known_t, *dev_a_t, *dev_z, *dev_b; /* the same on the device */
+    const kne_model               *m;
+    kne_backend                   *be;
+    const struct kne_energy_known *known; /* NULL: C = I */
+    kne_pack                       pack;
+    kne_work                      *work;
+    int32_t                        n_of, *row0; /* row0 (n_of + 1) */
+    double                        *column;      /* (R, KNE_METRIC_COLUMNS) */
+    /* of the device */
+    int32_t                       *dev_row0, *index; /* index (n_of, n_top) */
+    float                         *b, *x, *z, *k; /* (R, rows), (R, rows), (rows, f), (rows, rows) */
+    float                         *score;         /* (n_of, L, f) */
+    uint64_t                      *keys;          /* (n_of, n_top) */
 } energy_pass;
 
-/* R rows of layer l, evenly spread over the activations of all facts, and their transpose. */
-static void
-gather_known(energy_pass *p, int32_t l)
+static kne_mat
+rows_of_f32(const float *x, int64_t rows, int64_t cols)
 {
-    const int32_t f = p->m->arch.d_ff, R = p->n_rows;
-    int64_t       all = 0, seen = 0;
+    return (kne_mat) {.data = x, .type = KNE_F32, .rows = rows, .cols = cols, .ld = cols};
+}
+
+/* ---- known facts ---- */
+
+void
+kne_energy_known_free(struct kne_energy_known *k)
+{
+    if (!k)
+        return;
+    kne_device_free(&k->dev, k->be);
+    kne_arena_free(&k->run);
+    free(k);
+}
+
+/* out (R, f): R rows of layer l, evenly spread over the activations of all facts. Returns the sum of their squares. */
+static double
+gather_known(float *out, const kne_ref *const *ref, int32_t n_ref, int32_t l, int32_t f, int32_t R)
+{
+    const int64_t all = kne_metric_rows(ref, n_ref);
+    int64_t       seen = 0;
     int32_t       at = 0;
+    double        sum = 0;
 
-    for (int32_t i = 0; i < p->n_ref; i++)
-        all += p->ref[i]->n_rows;
-    for (int32_t i = 0; i < p->n_ref; i++)
-        for (int32_t t = 0; t < p->ref[i]->n_rows; t++, seen++)
+    for (int32_t i = 0; i < n_ref; i++)
+        for (int32_t t = 0; t < ref[i]->n_rows; t++, seen++)
             if (at < R && seen * R / all >= at)
-                memcpy(p->known + (size_t) at++ * (size_t) f,
-                       p->ref[i]->a + ((size_t) l * (size_t) p->ref[i]->n_rows + (size_t) t) * (size_t) f,
-                       (size_t) f * sizeof(float));
-    for (int32_t k = 0; k < f; k++)
-        for (int32_t r = 0; r < R; r++)
-            p->known_t[(size_t) k * (size_t) R + (size_t) r] = p->known[(size_t) r * (size_t) f + (size_t) k];
-    kne_device_put(p->be, p->dev_known, p->known, (size_t) R * (size_t) f * sizeof(float));
-    kne_device_put(p->be, p->dev_known_t, p->known_t, (size_t) R * (size_t) f * sizeof(float));
+                memcpy(out + (size_t) at++ * (size_t) f, ref[i]->a + ((size_t) l * (size_t) ref[i]->n_rows + (size_t) t) * (size_t) f,
+                       (size_t) f * sizeof *out);
+    for (size_t i = 0; i < (size_t) R * (size_t) f; i++)
+        sum += (double) out[i] * out[i];
+    return sum;
 }
 
-/* The factor of A A^T / R + r I. b is scratch: (R, R) fits. */
 static void
-factor(energy_pass *p, int32_t l)
+known_layout(struct kne_energy_known *k, size_t L, size_t R, size_t f)
 {
-    const int32_t R = p->n_rows, f = p->m->arch.d_ff;
-    double       *c = p->chol[l], trace = 0;
-
-    p->be->matmul_tn(p->be->ctx, p->dev_b, R, p->dev_known_t, R, p->dev_known_t, R, R, R, f, 0);
-    p->be->get(p->be->ctx, p->b, p->dev_b, (size_t) R * (size_t) R * sizeof(float));
-    for (int32_t i = 0; i < R; i++)
-        trace += p->b[(size_t) i * (size_t) R + (size_t) i];
-    p->ridge_at[l] = trace > 0 ? p->ridge * trace / R / f : 1;
-    for (int32_t i = 0; i < R; i++)
-    {
-        for (int32_t j = 0; j <= i; j++)
-            c[(size_t) i * (size_t) R + (size_t) j] = p->b[(size_t) i * (size_t) R + (size_t) j] / (double) R;
-        c[(size_t) i * (size_t) R + (size_t) i] += p->ridge_at[l];
-    }
-    kne_metric_cholesky(c, R);
+    k->ridge_at = kne_arena_take(&k->run, L, sizeof *k->ridge_at);
+    k->a = kne_arena_take(&k->dev, L * R, f * sizeof *k->a);
+    k->m = kne_arena_take(&k->dev, L * R, R * sizeof *k->m);
+    k->gram = kne_arena_take(&k->dev, R, R * sizeof *k->gram);
+    k->minus = kne_arena_take(&k->dev, R, sizeof *k->minus);
+    k->block = kne_arena_take(&k->dev, L, sizeof *k->block);
 }
+
+static kne_status
+known_new(const kne_model *m, kne_backend *be, const kne_ref *const *ref, int32_t n_ref, double ridge, uint64_t key,
+          struct kne_energy_known **out, kne_err *err)
+{
+    const int32_t            L = m->arch.n_layers, f = m->arch.d_ff;
+    const int64_t            all = kne_metric_rows(ref, n_ref);
+    const int32_t            R = all < KNE_ENERGY_ROWS ? (int32_t) all : KNE_ENERGY_ROWS;
+    struct kne_energy_known *k = calloc(1, sizeof *k);
+    float                   *rows = malloc((size_t) R * (size_t) f * sizeof *rows), minus[KNE_ENERGY_ROWS];
+    kne_status               st = k && rows ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+
+    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
+    {
+        known_layout(k, (size_t) L, (size_t) R, (size_t) f);
+        if (turn == 0)
+            st = kne_arena_commit(&k->run, err);
+        if (turn == 0 && st == KNE_OK)
+            st = kne_device_commit(&k->dev, k->be = be, err);
+    }
+    for (int32_t r = 0; r < R; r++)
+        minus[r] = -1.0f / (float) R;
+    if (st == KNE_OK)
+        kne_device_put(be, k->minus, minus, (size_t) R * sizeof *minus);
+    for (int32_t l = 0; l < L && st == KNE_OK; l++)
+    {
+        const kne_metric_block block = {.at = (int64_t) l * R * R, .n = R};
+        float                 *a = k->a + (size_t) l * (size_t) R * (size_t) f;
+        const kne_mat          w = rows_of_f32(a, R, f);
+        const double           square = gather_known(rows, ref, n_ref, l, f, R);
+
+        k->ridge_at[l] = square > 0 ? ridge * square / R / f : 1;
+        kne_device_put(be, a, rows, (size_t) R * (size_t) f * sizeof *rows);
+        kne_device_put(be, k->block + l, &block, sizeof block);
+        be->linear(be->ctx, k->gram, R, a, f, &w, NULL, R, 0);
+        be->factor(be->ctx, k->m, k->gram, k->block + l, 1, R, 1.0 / R, k->ridge_at[l]);
+    }
+    free(rows);
+    if (st == KNE_OK)
+        st = be->status(be->ctx, err);
+    if (st != KNE_OK)
+    {
+        kne_energy_known_free(k);
+        return st;
+    }
+    k->key = key;
+    k->n_rows = R;
+    *out = k;
+    return KNE_OK;
+}
+
+static uint64_t
+known_key(const kne_ref *const *ref, int32_t n_ref, double ridge)
+{
+    union { double d; uint64_t u; } bits = {.d = ridge};
+    uint64_t h = bits.u;
+
+    for (int32_t i = 0; i < n_ref; i++)
+    {
+        h ^= ref[i]->key + (uint64_t) ref[i]->n_rows;
+        h = kne_random_next(&h);
+    }
+    return h ? h : 1;
+}
+
+/* ---- passes ---- */
 
 static void
 visit(void *ctx, const kne_ffn_grad *g)
 {
-    energy_pass  *p = ctx;
-    const int32_t f = p->m->arch.d_ff, d = p->m->arch.d_model, T = g->n, R = p->n_rows;
-    const size_t  wide = (size_t) f * (size_t) T * sizeof(float);
-    float        *z = p->a_t;
+    energy_pass                   *p = ctx;
+    const struct kne_energy_known *known = p->known;
+    kne_backend                   *be = p->be;
+    const int64_t                  f = p->m->arch.d_ff, d = p->m->arch.d_model, T = g->n;
+    const kne_mat                  a = rows_of_f32(g->a, T, f), dy = rows_of_f32(g->dy, T, d);
+    const float                   *z = g->a;
+    double                         scale = 1;
 
-    p->be->get(p->be->ctx, p->a, g->a, wide);
-    p->be->get(p->be->ctx, p->dy, g->dy, (size_t) T * (size_t) d * sizeof(float));
-    for (int32_t k = 0; k < f; k++)
-        for (int32_t t = 0; t < T; t++)
-            p->a_t[(size_t) k * (size_t) T + (size_t) t] = p->a[(size_t) t * (size_t) f + (size_t) k];
-    if (R)
+    if (known)
     {
-        bool made = p->ridge_at[g->layer] > 0;
+        const int64_t R = known->n_rows;
+        const float  *A = known->a + g->layer * R * f;
 
-        gather_known(p, g->layer);
-        if (!made)
-            factor(p, g->layer);
-        kne_device_put(p->be, p->dev_a_t, p->a_t, wide);
-        p->be->matmul_tn(p->be->ctx, p->dev_b, T, p->dev_known_t, R, p->dev_a_t, T, R, T, f, 0);
-        p->be->get(p->be->ctx, p->b, p->dev_b, (size_t) R * (size_t) T * sizeof(float));
-        kne_metric_solve(p->chol[g->layer], R, p->b, p->b, T, p->column);
-        kne_device_put(p->be, p->dev_b, p->b, (size_t) R * (size_t) T * sizeof(float));
-        p->be->matmul_tn(p->be->ctx, p->dev_z, T, p->dev_known, f, p->dev_b, T, f, T, R, 0);
-        p->be->get(p->be->ctx, p->z, p->dev_z, wide);
+        be->linear(be->ctx, p->b, T, A, f, &a, NULL, R, 0);
+        be->solve(be->ctx, p->x, 0, 1, p->b, known->m, known->block + g->layer, 1, R, NULL, T, p->column);
+        be->scale_rows(be->ctx, p->x, known->minus, R, T);
+        be->zero(be->ctx, p->z, (size_t) (T * f) * sizeof *p->z);
+        be->add(be->ctx, p->z, g->a, T * f);
+        be->matmul_tn(be->ctx, p->z, f, p->x, T, A, f, T, f, R, 1);
         z = p->z;
-        for (size_t i = 0; i < (size_t) f * (size_t) T; i++)
-            z[i] = (float) ((p->a_t[i] - (double) z[i] / R) / p->ridge_at[g->layer]);
+        scale = 1 / known->ridge_at[g->layer];
     }
-    for (int32_t e = 0; e < p->n_of; e++)
-    {
-        const int32_t r0 = p->row0[e], n = p->row0[e + 1] - r0;
-        float        *score = p->of[e].score + (size_t) g->layer * (size_t) f;
-
-        for (int32_t i = 0; i < n; i++)
-            for (int32_t j = 0; j <= i; j++)
-            {
-                const float *x = p->dy + (size_t) (r0 + i) * (size_t) d, *y = p->dy + (size_t) (r0 + j) * (size_t) d;
-                double       sum = 0;
-
-                for (int32_t c = 0; c < d; c++)
-                    sum += (double) x[c] * y[c];
-                p->k[i * n + j] = p->k[j * n + i] = sum;
-            }
-        for (int32_t k = 0; k < f; k++)
-        {
-            const float *zk = z + (size_t) k * (size_t) T + (size_t) r0, *ak = p->a_t + (size_t) k * (size_t) T + (size_t) r0;
-            double       sum = 0;
-
-            for (int32_t i = 0; i < n; i++)
-            {
-                double row = 0;
-
-                for (int32_t j = 0; j < n; j++)
-                    row += p->k[i * n + j] * ak[j];
-                sum += row * zk[i];
-            }
-            score[k] = (float) sum;
-        }
-    }
+    be->linear(be->ctx, p->k, T, g->dy, d, &dy, NULL, T, 0);
+    be->energy(be->ctx, p->score + g->layer * f, p->m->arch.n_layers * f, z, g->a, p->k, p->dev_row0, p->n_of, T, f, (float) scale);
 }
 
 static kne_status
-flush(energy_pass *p, const kne_view *view, float *coef, kne_err *err)
+flush(energy_pass *p, const kne_view *view, const kne_energy_of *of, const kne_energy_top *want, float *coef, kne_err *err)
 {
     const int32_t      n_out = p->pack.b.n_out, V = p->m->arch.vocab_size;
+    const int64_t      f = p->m->arch.d_ff, len = p->m->arch.n_layers * f;
     const kne_overlay *ov = view ? &view->overlay : NULL;
+    kne_backend       *be = p->be;
 
-    KNE_TRY(kne_forward(p->m, p->be, p->work, &p->pack.b, ov, NULL, 0, err));
+    kne_device_put(be, p->dev_row0, p->row0, ((size_t) p->n_of + 1) * sizeof *p->row0);
+    KNE_TRY(kne_forward(p->m, be, p->work, &p->pack.b, ov, NULL, 0, err));
     for (int32_t i = 0; i < n_out; i++)
         coef[i] = 1;
-    kne_work_logprob(p->be, p->work, 0, n_out, V, p->pack.target, coef, NULL, NULL);
-    KNE_TRY(kne_backward(p->m, p->be, p->work, &p->pack.b, ov, NULL, 0, visit, p, err));
-    return p->be->status(p->be->ctx, err);
+    kne_work_logprob(be, p->work, 0, n_out, V, p->pack.target, coef, NULL, NULL);
+    KNE_TRY(kne_backward(p->m, be, p->work, &p->pack.b, ov, NULL, want ? want->layer_min : 0, visit, p, err));
+    for (int32_t e = 0; e < p->n_of && !want; e++)
+        be->get(be->ctx, of[e].score, p->score + e * len, (size_t) len * sizeof *p->score);
+    if (want)
+        be->top(be->ctx, p->index, p->score + want->layer_min * f, len, p->keys, p->n_of,
+                (want->layer_max - want->layer_min + 1) * f, want->n);
+    for (int32_t e = 0; e < p->n_of && want; e++)
+    {
+        be->get(be->ctx, of[e].top, p->index + (int64_t) e * want->n, (size_t) want->n * sizeof *p->index);
+        for (int32_t i = 0; i < want->n; i++)
+            of[e].top[i] += want->layer_min * (int32_t) f;
+    }
+    return be->status(be->ctx, err);
 }
 
 static int32_t
@@ -166,20 +227,18 @@ rows_of(const kne_energy_of *of)
 }
 
 kne_status
-kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, const kne_ref *const *ref, int32_t n_ref,
-           double ridge, const kne_energy_of *of, int32_t n, const kne_job_calls *calls, kne_err *err)
+kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne_energy_known **kept, const kne_ref *const *ref,
+           int32_t n_ref, double ridge, const kne_energy_of *of, int32_t n, const kne_energy_top *want, const kne_job_calls *calls,
+           kne_err *err)
 {
-    const int32_t L = m->arch.n_layers, f = m->arch.d_ff, d = m->arch.d_model;
-    energy_pass   p = {.m = m, .be = be, .ref = ref, .n_ref = n_ref, .ridge = ridge};
-    kne_arena     arena = {0}, dev = {0};
-    float        *coef = NULL;
-    int32_t      *row0 = NULL, rows = 1, most = 1, total = 0;
-    int64_t       all = 0;
-    kne_status    st = KNE_OK;
+    const size_t             L = (size_t) m->arch.n_layers, f = (size_t) m->arch.d_ff;
+    energy_pass              p = {.m = m, .be = be};
+    struct kne_energy_known *known = kept ? *kept : NULL;
+    kne_arena                arena = {0}, dev = {0};
+    float                   *coef = NULL;
+    int32_t                  rows = 1, most = 1, total = 0, facts;
+    kne_status               st = KNE_OK;
 
-    for (int32_t i = 0; i < n_ref; i++)
-        all += ref[i]->n_rows;
-    p.n_rows = all < KNE_ENERGY_ROWS ? (int32_t) all : KNE_ENERGY_ROWS;
     for (int32_t i = 0; i < n; i++)
     {
         most = rows_of(&of[i]) > most ? rows_of(&of[i]) : most;
@@ -187,36 +246,36 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, const kne_
     }
     rows = most > PASS_ROWS ? most : total < PASS_ROWS ? total : PASS_ROWS;
     rows = rows > 0 ? rows : 1;
+    facts = SCORE_BYTES / (L * f * sizeof(float)) < 16 ? 16 : (int32_t) (SCORE_BYTES / (L * f * sizeof(float)));
+    facts = facts < n ? facts : n;
+    if (kne_metric_rows(ref, n_ref) && !(known && known->key == known_key(ref, n_ref, ridge)))
+    {
+        if (kept) /* its place on the device first */
+        {
+            kne_energy_known_free(known);
+            *kept = NULL;
+        }
+        KNE_TRY(known_new(m, be, ref, n_ref, ridge, known_key(ref, n_ref, ridge), &known, err));
+        if (kept)
+            *kept = known;
+    }
+    p.known = kne_metric_rows(ref, n_ref) ? known : NULL;
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
-        size_t R = (size_t) p.n_rows, wide = (size_t) (rows > p.n_rows ? rows : p.n_rows);
+        const size_t R = p.known ? (size_t) p.known->n_rows : 0, T = (size_t) rows, n_top = want ? (size_t) want->n : 0;
 
         kne_pack_layout(&p.pack, &arena, rows, rows, rows);
-        coef = kne_arena_take(&arena, (size_t) rows, sizeof *coef);
-        row0 = kne_arena_take(&arena, (size_t) n + 1, sizeof *row0);
-        p.chol = kne_arena_take(&arena, (size_t) L, sizeof *p.chol);
-        p.ridge_at = kne_arena_take(&arena, (size_t) L, sizeof *p.ridge_at);
-        for (int32_t l = 0; l < L; l++)
-        {
-            double *c = kne_arena_take(&arena, R * R, sizeof *c);
-
-            if (p.chol)
-                p.chol[l] = c;
-        }
-        p.known = kne_arena_take(&arena, R * (size_t) f, sizeof *p.known);
-        p.known_t = kne_arena_take(&arena, R * (size_t) f, sizeof *p.known_t);
-        p.a = kne_arena_take(&arena, (size_t) f * (size_t) rows, sizeof *p.a);
-        p.dy = kne_arena_take(&arena, (size_t) d * (size_t) rows, sizeof *p.dy);
-        p.a_t = kne_arena_take(&arena, (size_t) f * (size_t) rows, sizeof *p.a_t);
-        p.z = kne_arena_take(&arena, (size_t) f * (size_t) rows, sizeof *p.z);
-        p.b = kne_arena_take(&arena, R * wide, sizeof *p.b);
-        p.k = kne_arena_take(&arena, (size_t) most * (size_t) most, sizeof *p.k);
-        p.column = kne_arena_take(&arena, R * KNE_METRIC_COLUMNS, sizeof *p.column);
-        p.dev_known = kne_arena_take(&dev, R * (size_t) f, sizeof *p.dev_known);
-        p.dev_known_t = kne_arena_take(&dev, R * (size_t) f, sizeof *p.dev_known_t);
-        p.dev_a_t = kne_arena_take(&dev, (size_t) f * (size_t) rows, sizeof *p.dev_a_t);
-        p.dev_z = kne_arena_take(&dev, (size_t) f * (size_t) rows, sizeof *p.dev_z);
-        p.dev_b = kne_arena_take(&dev, R * wide, sizeof *p.dev_b);
+        coef = kne_arena_take(&arena, T, sizeof *coef);
+        p.row0 = kne_arena_take(&arena, (size_t) facts + 1, sizeof *p.row0);
+        p.column = be->host ? kne_arena_take(&arena, R * KNE_METRIC_COLUMNS, sizeof *p.column) : NULL;
+        p.dev_row0 = kne_arena_take(&dev, (size_t) facts + 1, sizeof *p.dev_row0);
+        p.index = kne_arena_take(&dev, (size_t) facts, n_top * sizeof *p.index);
+        p.keys = kne_arena_take(&dev, (size_t) facts, n_top * sizeof *p.keys);
+        p.b = kne_arena_take(&dev, R * T, sizeof *p.b);
+        p.x = kne_arena_take(&dev, R * T, sizeof *p.x);
+        p.z = kne_arena_take(&dev, R ? T * f : 0, sizeof *p.z);
+        p.k = kne_arena_take(&dev, T * T, sizeof *p.k);
+        p.score = kne_arena_take(&dev, (size_t) facts * L, f * sizeof *p.score);
         if (turn == 0)
             st = kne_arena_commit(&arena, err);
         if (turn == 0 && st == KNE_OK)
@@ -224,25 +283,25 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, const kne_
     }
     if (st == KNE_OK)
         st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true}, &p.work, err);
-    p.row0 = row0;
     for (int32_t i = 0; i < n && st == KNE_OK; i += p.n_of)
     {
         kne_pack_clear(&p.pack);
-        p.of = of + i;
-        for (p.n_of = 0; i + p.n_of < n && p.pack.b.n + rows_of(&of[i + p.n_of]) <= rows; p.n_of++)
+        for (p.n_of = 0; i + p.n_of < n && p.n_of < facts && p.pack.b.n + rows_of(&of[i + p.n_of]) <= rows; p.n_of++)
         {
-            row0[p.n_of] = p.pack.b.n;
+            p.row0[p.n_of] = p.pack.b.n;
             for (int32_t k = 0; k < of[i + p.n_of].n_prompts; k++)
                 kne_pack_add(&p.pack, of[i + p.n_of].prompt[k].id, of[i + p.n_of].prompt[k].n, of[i + p.n_of].prompt[k].n_prompt);
         }
-        row0[p.n_of] = p.pack.b.n;
+        p.row0[p.n_of] = p.pack.b.n;
         if (calls && calls->yield && calls->yield(calls->ctx))
             st = kne_error(err, KNE_ERR_CANCELLED, "cancelled");
         else
-            st = flush(&p, view, coef, err);
+            st = flush(&p, view, of + i, want, coef, err);
     }
     kne_work_free(p.work);
     kne_arena_free(&arena);
     kne_device_free(&dev, be);
+    if (!kept)
+        kne_energy_known_free(known);
     return st;
 }

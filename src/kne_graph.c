@@ -242,21 +242,25 @@ head_forward(const kne_pass *p)
 }
 
 static void
-put_batch(const kne_pass *p)
+put_batch(kne_backend *be, const kne_work_impl *s, const kne_batch *b)
 {
-    const kne_batch     *b = p->b;
-    const kne_work_impl *s = p->s;
-
-    kne_device_put(p->be, s->id, b->id, (size_t) b->n * sizeof *b->id);
-    kne_device_put(p->be, s->pos, b->pos, (size_t) b->n * sizeof *b->pos);
-    kne_device_put(p->be, s->seq, b->seq, (size_t) b->n_seq * sizeof *b->seq);
-    kne_device_put(p->be, s->out_row, b->out_row, (size_t) b->n_out * sizeof *b->out_row);
+    kne_device_put(be, s->id, b->id, (size_t) b->n * sizeof *b->id);
+    kne_device_put(be, s->pos, b->pos, (size_t) b->n * sizeof *b->pos);
+    kne_device_put(be, s->seq, b->seq, (size_t) b->n_seq * sizeof *b->seq);
+    kne_device_put(be, s->out_row, b->out_row, (size_t) b->n_out * sizeof *b->out_row);
     if (!b->n_place)
         return;
-    kne_device_put(p->be, s->row, b->row, (size_t) b->n_place * sizeof *b->row);
-    kne_device_put(p->be, s->from, b->from, ((size_t) b->n + 1) * sizeof *b->from);
-    kne_device_put(p->be, s->place, b->place, (size_t) b->n_place * sizeof *b->place);
-    kne_device_put(p->be, s->first, b->first, (size_t) b->n * sizeof *b->first);
+    kne_device_put(be, s->row, b->row, (size_t) b->n_place * sizeof *b->row);
+    kne_device_put(be, s->from, b->from, ((size_t) b->n + 1) * sizeof *b->from);
+    kne_device_put(be, s->place, b->place, (size_t) b->n_place * sizeof *b->place);
+    kne_device_put(be, s->first, b->first, (size_t) b->n * sizeof *b->first);
+}
+
+void
+kne_batch_put(kne_backend *be, kne_work *w, kne_batch *b)
+{
+    put_batch(be, w->impl, b);
+    b->there = true;
 }
 
 kne_status
@@ -271,7 +275,8 @@ kne_forward_cached(const kne_model *m, kne_backend *be, kne_work *w, const kne_b
     KNE_TRY(kne_graph_check(&p, err));
     if (first_layer < 0 || first_layer >= m->arch.n_layers || (first_layer > 0 && !w->keep))
         return kne_error(err, KNE_ERR_INTERNAL, "cannot start at layer %d", first_layer);
-    put_batch(&p);
+    if (!b->there)
+        put_batch(be, p.s, b);
     if (first_layer == 0)
         be->embed(be->ctx, w->layer[0].x_in, &m->embed, m->pos_embed.data ? &m->pos_embed : NULL,
                   p.s->id, p.s->pos, b->n);

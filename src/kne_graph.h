@@ -29,6 +29,7 @@ typedef struct kne_batch
     const int32_t *from;    /* (n + 1) where the places of each row begin in: */
     const int32_t *place;   /* (n_place) ascending within a row */
     const int32_t *first;   /* (n) the first of them */
+    bool           there;   /* kne_batch_put has been called since anything changed */
 } kne_batch;
 
 /*
@@ -92,6 +93,9 @@ kne_status kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out
 /* Likewise, for batches that share rows and have at most max_place places (0: none do). */
 kne_status kne_work_new_shared(const kne_model *m, kne_work_shape shape, int32_t max_place, kne_work **out, kne_err *err);
 void       kne_work_free(kne_work *w);
+
+/* The batch to the device, which kne_forward does otherwise; it fits the workspace. */
+void kne_batch_put(kne_backend *be, kne_work *w, kne_batch *b);
 
 /*
  * logp and best (either may be NULL) of n rows of w->logits from row `from` on, and with coef (n) their

@@ -15,14 +15,33 @@ kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t
 
     for (int32_t r = 0; r < n_ref; r++)
     {
-        const float *a = ref[r]->a + (size_t) layer * (size_t) ref[r]->n_rows * (size_t) f;
-        int64_t      len = (int64_t) ref[r]->n_rows * f;
-
-        for (int64_t k = 0; k < len; k++)
-            sum += (double) a[k] * a[k];
+        sum += ref[r]->square[layer];
         rows += ref[r]->n_rows;
     }
     return rows ? sum / (double) rows / f : 0;
+}
+
+int64_t
+kne_metric_rows(const kne_ref *const *ref, int32_t n_ref)
+{
+    int64_t rows = 0;
+
+    for (int32_t r = 0; r < n_ref; r++)
+        rows += ref[r]->n_rows;
+    return rows;
+}
+
+void
+kne_metric_gather(float *out, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f, const int32_t *neuron, int32_t n)
+{
+    for (int32_t r = 0; r < n_ref; r++)
+    {
+        const float *a = ref[r]->a + (size_t) layer * (size_t) ref[r]->n_rows * (size_t) f;
+
+        for (int32_t t = 0; t < ref[r]->n_rows; t++, a += f, out += n)
+            for (int32_t i = 0; i < n; i++)
+                out[i] = a[neuron[i]];
+    }
 }
 
 void
@@ -44,36 +63,6 @@ kne_metric_cholesky(double *chol, int32_t n)
             ci[j] = cj[i] = sum / cj[j]; /* and its transpose above the diagonal, for the solver */
         }
     }
-}
-
-void
-kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
-                  const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch)
-{
-    int64_t rows = 0;
-
-    memset(chol, 0, (size_t) n * (size_t) n * sizeof *chol);
-    for (int32_t r = 0; r < n_ref; r++)
-    {
-        const float *a = ref[r]->a + (size_t) layer * (size_t) ref[r]->n_rows * (size_t) f;
-
-        for (int32_t t = 0; t < ref[r]->n_rows; t++, a += f)
-        {
-            for (int32_t i = 0; i < n; i++)
-                scratch[i] = a[neuron[i]];
-            for (int32_t i = 0; i < n; i++)
-                for (int32_t j = 0; j <= i; j++)
-                    chol[(size_t) i * n + j] += scratch[i] * scratch[j];
-        }
-        rows += ref[r]->n_rows;
-    }
-    for (int32_t i = 0; i < n; i++)
-    {
-        for (int32_t j = 0; j <= i && rows; j++)
-            chol[(size_t) i * n + j] /= (double) rows;
-        chol[(size_t) i * n + i] += mean > 0 ? ridge * mean : 1;
-    }
-    kne_metric_cholesky(chol, n);
 }
 
 void

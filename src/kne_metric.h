@@ -13,12 +13,11 @@
 /* Mean diagonal of C over all neurons of a layer; 0 without facts. */
 double kne_metric_mean(const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f);
 
-/*
- * The Cholesky factor of M for the neurons (n, ascending, within `layer`) into chol (n, n), lower triangle;
- * `mean` from kne_metric_mean. Without facts M = I. scratch: (n).
- */
-void kne_metric_factor(double *chol, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f,
-                       const int32_t *neuron, int32_t n, double ridge, double mean, double *scratch);
+/* Rows of activations that C is taken over. */
+int64_t kne_metric_rows(const kne_ref *const *ref, int32_t n_ref);
+/* out (rows, n): the activations of neurons (n, within `layer`). */
+void kne_metric_gather(float *out, const kne_ref *const *ref, int32_t n_ref, int32_t layer, int32_t f, const int32_t *neuron,
+                       int32_t n);
 
 /* In place: the lower triangle of a positive matrix (n, n) becomes its factor L, and L^T stands above the diagonal. */
 void kne_metric_cholesky(double *chol, int32_t n);

@@ -18,6 +18,7 @@ struct kne_ref_cache
     size_t    cap, n;
     size_t    budget; /* bytes */
     uint64_t  job;
+    struct kne_energy_known *energy;
 };
 
 static uint64_t
@@ -64,6 +65,7 @@ static void
 ref_free(kne_ref *r)
 {
     free(r->a);
+    free(r->square);
     free(r->score);
     free(r);
 }
@@ -86,8 +88,15 @@ kne_ref_cache_free(struct kne_ref_cache *c)
     if (!c)
         return;
     forget_all(c);
+    kne_energy_known_free(c->energy);
     free(c->slot);
     free(c);
+}
+
+struct kne_energy_known **
+kne_ref_cache_energy(kne_ref_cache *c)
+{
+    return &c->energy;
 }
 
 /* How many rows are kept is part of the key, so that an answer does not depend on what was asked before. */
@@ -166,6 +175,14 @@ take_pass(const kne_model *m, kne_backend *be, kne_work *w, kne_pack *pack, kne_
             be->get(be->ctx, r->a + (size_t) l * (size_t) r->n_rows * (size_t) f,
                     w->layer[l].a + (size_t) (s->q0 + skip) * (size_t) f, (size_t) r->n_rows * (size_t) f * sizeof(float));
         r->right = true;
+        for (int32_t l = 0; l < L; l++)
+        {
+            const float *a = r->a + (size_t) l * (size_t) r->n_rows * (size_t) f;
+
+            r->square[l] = 0;
+            for (size_t k = 0; k < (size_t) r->n_rows * (size_t) f; k++)
+                r->square[l] += (double) a[k] * a[k];
+        }
         for (; o < pack->b.n_out && pack->out_row[o] < s->q0 + s->q_len; o++)
             r->right &= best[o] == pack->target[o];
     }
@@ -237,10 +254,12 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
                 r->used = c->job;
                 r->n_rows = rows_kept(&fact[i], max_rows);
                 r->a = malloc((size_t) r->n_rows * row_bytes);
+                r->square = malloc((size_t) L * sizeof *r->square);
             }
-            if (!r || !r->a)
+            if (!r || !r->a || !r->square)
             {
-                free(r);
+                if (r)
+                    ref_free(r);
                 st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
                 break;
             }

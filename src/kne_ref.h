@@ -17,11 +17,17 @@ typedef struct kne_ref
     bool     right;     /* the base answers it: argmax on every token */
     int32_t  n_rows;    /* rows kept of its activations */
     float   *a;         /* (L, n_rows, f) */
+    double  *square;    /* (L): sum of its squares */
     float   *score;     /* (L, f): |sum over tokens| of the attribution; NULL until asked for */
     uint64_t score_key; /* of the options that made the score */
 } kne_ref;
 
 typedef struct kne_ref_cache kne_ref_cache;
+struct kne_energy_known;
+
+/* Where kne_energy keeps what it makes of the facts. */
+struct kne_energy_known **kne_ref_cache_energy(kne_ref_cache *c);
+void                      kne_energy_known_free(struct kne_energy_known *k);
 
 /* Half of the bytes go to one job's activations; what earlier jobs left is dropped above the other half. */
 void kne_ref_cache_limit(kne_ref_cache *c, size_t bytes);

@@ -464,7 +464,7 @@ test_select(void)
 
         for (int k = 0; k < 4; k++)
         {
-            same &= kne_select_top(score, F, lo, hi, n[k], got, &err) == KNE_OK;
+            same &= kne_select_top(be, score, F, lo, hi, n[k], got, &err) == KNE_OK;
             slow_top(score, lo * F, (hi + 1) * F, n[k], want);
             same &= !memcmp(got, want, (size_t) n[k] * sizeof *got);
         }
@@ -472,10 +472,10 @@ test_select(void)
     check(same, "the top n: ties to the lower neuron, NaN last, one to all, every range of layers");
     for (int i = 0; i < L * F; i++)
         score[i] = NAN;
-    kne_select_top(score, F, 1, 2, 3, got, &err);
+    kne_select_top(be, score, F, 1, 2, 3, got, &err);
     check(got[0] == F && got[1] == F + 1 && got[2] == F + 2,
           "NaN alone: the first neurons of the range");
-    check(kne_select_top(score, F, 1, 2, 2 * F + 1, got, &err) == KNE_ERR_INTERNAL,
+    check(kne_select_top(be, score, F, 1, 2, 2 * F + 1, got, &err) == KNE_ERR_INTERNAL,
           "more than there are is refused");
 }
 
