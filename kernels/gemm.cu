@@ -10,16 +10,6 @@
  */
 #include "kne_cuda.h"
 
-static __device__ __forceinline__ uint16_t
-to_bf16(float f)
-{
-    const uint32_t u = __float_as_uint(f);
-
-    if ((u & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t) (u >> 16 | 0x40);
-    return (uint16_t) ((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-}
-
 /* hi[n, kp] (and lo, unless NULL) of x[n, k] */
 static __global__ void
 cast_bf16_kernel(uint16_t *hi, uint16_t *lo, const float *x, int64_t ldx, int64_t n, int64_t k, int64_t kp)
@@ -28,11 +18,11 @@ cast_bf16_kernel(uint16_t *hi, uint16_t *lo, const float *x, int64_t ldx, int64_
     {
         const int64_t  r = at / k, i = at % k;
         const float    v = x[r * ldx + i];
-        const uint16_t h = to_bf16(v);
+        const uint16_t h = kne_to_bf16(v);
 
         hi[r * kp + i] = h;
         if (lo)
-            lo[r * kp + i] = to_bf16(v - __uint_as_float((uint32_t) h << 16));
+            lo[r * kp + i] = kne_to_bf16(v - __uint_as_float((uint32_t) h << 16));
     }
 }
 

@@ -19,6 +19,11 @@ kne_cu_fail(kne_cu *cu, kne_status code, const char *fmt, ...)
 {
     va_list ap;
 
+    if (cu->recording) /* what is wrong shows again when the ops are done */
+    {
+        cu->broken = true;
+        return;
+    }
     if (cu->failed.code != KNE_OK)
         return;
     memset(&cu->failed, 0, sizeof cu->failed);
@@ -42,7 +47,7 @@ kne_cu_check(kne_cu *cu, cudaError_t rc, const char *what)
 bool
 kne_cu_ready(kne_cu *cu)
 {
-    if (cu->failed.code != KNE_OK)
+    if (cu->failed.code != KNE_OK || (cu->recording && cu->broken))
         return false;
     if (current != cu)
     {
@@ -50,6 +55,14 @@ kne_cu_ready(kne_cu *cu)
         current = cu;
     }
     return cu->failed.code == KNE_OK;
+}
+
+/* True, and the recording is over: no such thing can be in one. */
+static bool
+outside_record(kne_cu *cu)
+{
+    cu->broken = cu->recording;
+    return cu->broken;
 }
 
 void *
@@ -60,6 +73,9 @@ kne_cu_reserve(kne_cu *cu, kne_buffer *b, size_t bytes)
     if (bytes <= b->size)
         return b->p;
     cu->last.x = NULL;
+    if (outside_record(cu))
+        return NULL;
+    kne_cu_drop_graphs(cu);
     if (b->p)
         kne_cu_check(cu, cudaFree(b->p), "cudaFree"); /* waits for what uses it */
     b->p = NULL;
@@ -85,7 +101,7 @@ cu_alloc(void *ctx, size_t bytes)
     kne_cu *cu = (kne_cu *) ctx;
     void   *p = NULL;
 
-    if (!kne_cu_ready(cu))
+    if (!kne_cu_ready(cu) || outside_record(cu))
         return NULL;
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
     {
@@ -104,6 +120,7 @@ cu_release(void *ctx, void *p)
     if (current != cu)
         cudaSetDevice(cu->device);
     current = cu;
+    kne_cu_drop_graphs(cu);
     cudaFree(p);
 }
 
@@ -112,7 +129,7 @@ cu_put(void *ctx, void *to, const void *from_host, size_t bytes)
 {
     kne_cu *cu = (kne_cu *) ctx;
 
-    if (bytes == 0 || !kne_cu_ready(cu))
+    if (bytes == 0 || !kne_cu_ready(cu) || outside_record(cu))
         return;
     cu->last.x = NULL;
     /* from pageable memory: staged before it returns */
@@ -124,6 +141,8 @@ cu_get(void *ctx, void *to_host, const void *from, size_t bytes)
 {
     kne_cu *cu = (kne_cu *) ctx;
 
+    if (outside_record(cu))
+        return;
     if (bytes && kne_cu_ready(cu))
         kne_cu_check(cu, cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, cu->stream), "a copy from it");
     if (kne_cu_ready(cu))
@@ -195,6 +214,9 @@ cu_close(kne_backend *be)
         return;
     cu = (kne_cu *) be->ctx;
     cudaSetDevice(cu->device);
+    if (cu->graphs)
+        kne_cu_drop_graphs(cu);
+    free(cu->graphs);
     cudaFree(cu->cast.p);
     cudaFree(cu->scale.p);
     cudaFree(cu->sum.p);
@@ -236,6 +258,11 @@ kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err)
         return refuse(err, KNE_ERR_UNSUPPORTED, "GPU %d (%s) has compute capability %d.%d; 7.5 or newer is needed",
                       device, prop.name, prop.major, prop.minor);
     cu = (kne_cu *) calloc(1, sizeof *cu);
+    if (cu && !(cu->graphs = kne_graphs_new()))
+    {
+        free(cu);
+        cu = NULL;
+    }
     if (!cu)
         return refuse(err, KNE_ERR_NOMEM, "out of memory");
     cu->device = device;
@@ -258,6 +285,9 @@ kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err)
     kne_cu_fill_attention(be);
     kne_cu_fill_elem(be);
     kne_cu_fill_loss(be);
+    kne_cu_fill_step(be);
+    kne_cu_fill_select(be);
+    kne_cu_fill_graph(be);
     rc = cudaStreamCreateWithFlags(&cu->stream, cudaStreamNonBlocking);
     st = rc == cudaSuccess ? kne_lt_new(&cu->lt, err)
                            : refuse(err, KNE_ERR_DEVICE, "GPU %d cannot be used: %s", device, cudaGetErrorString(rc));

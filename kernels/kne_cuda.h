@@ -30,6 +30,7 @@ extern "C" {
 #define KNE_HEAD_MAX 512 /* widest head of attention */
 
 typedef struct kne_lt kne_lt; /* products of the library (lt.cu) */
+typedef struct kne_graphs kne_graphs; /* recorded sequences of ops (graph.cu) */
 
 typedef struct kne_buffer
 {
@@ -53,6 +54,8 @@ typedef struct kne_cu
     int          device;
     cudaStream_t stream;
     kne_err      failed; /* code KNE_OK: nothing */
+    bool         recording, broken; /* a graph; something came up that cannot be in one (graph.cu) */
+    kne_graphs  *graphs;
     kne_lt      *lt;
     kne_buffer   cast, scale, sum, row; /* grown when a pass needs more; gemm.cu, gemm.cu, gemm.cu, attention.cu */
     kne_cast     last;
@@ -84,6 +87,12 @@ void kne_cu_fill_norm(kne_backend *be);
 void kne_cu_fill_attention(kne_backend *be);
 void kne_cu_fill_elem(kne_backend *be);
 void kne_cu_fill_loss(kne_backend *be);
+void kne_cu_fill_step(kne_backend *be);
+void kne_cu_fill_select(kne_backend *be);
+void kne_cu_fill_graph(kne_backend *be);
+
+kne_graphs *kne_graphs_new(void); /* freed by free, once dropped; NULL: out of memory */
+void        kne_cu_drop_graphs(kne_cu *cu);
 
 /*
  * C[m, n] = op(A) op(B) + beta C, column-major as the library has it: op(A) [m, k], op(B) [k, n]. A and B of one
@@ -131,8 +140,19 @@ kne_dev_load(const void *p, kne_dtype type, int64_t i)
     return __half2float(((const __half *) p)[i]);
 }
 
-static __device__ __forceinline__ float
-kne_warp_sum(float v)
+static __device__ __forceinline__ uint16_t
+kne_to_bf16(float f)
+{
+    const uint32_t u = __float_as_uint(f);
+
+    if ((u & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t) (u >> 16 | 0x40);
+    return (uint16_t) ((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+template <class T>
+static __device__ __forceinline__ T
+kne_warp_sum(T v)
 {
     for (int o = 16; o > 0; o >>= 1)
         v += __shfl_xor_sync(0xffffffffu, v, o);
@@ -148,10 +168,11 @@ kne_warp_max(float v)
 }
 
 /* The sum over the block, in every thread. */
-static __device__ __forceinline__ float
-kne_block_sum(float v)
+template <class T>
+static __device__ __forceinline__ T
+kne_block_sum(T v)
 {
-    __shared__ float part[32];
+    __shared__ T part[32];
     int warp = (int) threadIdx.x / 32, n_warps = (int) blockDim.x / 32;
 
     v = kne_warp_sum(v);

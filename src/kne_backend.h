@@ -175,7 +175,8 @@ struct kne_backend
     /* left [., f], right [., d]. scratch: (most rows of a range, most rows of an edit) */
     void (*grad_rows)(void *ctx, float *grad, const kne_grad_row *of, int64_t n_of, const float *left, int64_t f,
                       const float *right, int64_t d, float *scratch);
-    /* eff[r, :] = before[r, :] + sum over j in [from[r], from[r + 1]) of delta[place[j], :], rounded to type; less base, unless NULL. */
+    /* eff[r, :] = before[r, :] + sum over j in [from[r], from[r + 1]) of delta[place[j], :], rounded to type; less base.
+     * base and delta may be NULL: nothing of it. */
     void (*compose)(void *ctx, float *eff, const float *base, const float *before, const float *delta, const int32_t *from,
                     const int32_t *place, int64_t n, int64_t d, kne_dtype type);
     /* m[i, j] of each block = sum over rows t of a[t, idx[row + i] - first] a[t, idx[row + j] - first], in double. a [rows, ld] */

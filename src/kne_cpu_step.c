@@ -37,7 +37,7 @@ compose(void *ctx, float *eff, const float *base, const float *before, const flo
         float *to = eff + r * d;
 
         memcpy(to, before + r * d, (size_t) d * sizeof *to);
-        for (int32_t p = from[r]; p < from[r + 1]; p++)
+        for (int32_t p = from[r]; delta && p < from[r + 1]; p++)
             for (int64_t c = 0; c < d; c++)
                 to[c] += delta[place[p] * d + c];
         for (int64_t c = 0; c < d; c++)

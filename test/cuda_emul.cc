@@ -6,12 +6,98 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+/* ---- graphs ---- */
+
+struct emul_graph
+{
+    std::vector<std::function<void()>> work;
+};
+static emul_graph *recording;
+static bool        broken, no_graphs;
+static int         replays;
+
+void
+emul_queue(std::function<void()> work)
+{
+    if (recording)
+        recording->work.push_back(work);
+    else
+        work();
+}
+
+/* Is this a call that no recording survives? */
+static bool
+breaks()
+{
+    broken |= recording != nullptr;
+    return recording != nullptr;
+}
+
+/* Graphs cannot be recorded from now on, or can; how many were launched. */
+extern "C" int
+emul_refuse_graphs(bool refuse)
+{
+    no_graphs = refuse;
+    return replays;
+}
+
+cudaError_t
+cudaStreamBeginCapture(cudaStream_t, int)
+{
+    if (no_graphs || recording)
+        return cudaErrorStreamCaptureUnsupported;
+    recording = new emul_graph;
+    broken = false;
+    return cudaSuccess;
+}
+
+cudaError_t
+cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph)
+{
+    *graph = broken ? nullptr : recording;
+    if (broken)
+        delete recording;
+    recording = nullptr;
+    return broken ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
+cudaError_t
+cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long)
+{
+    *exec = new emul_graph(*graph);
+    return cudaSuccess;
+}
+
+cudaError_t
+cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t)
+{
+    for (auto &work : exec->work)
+        work();
+    replays++;
+    return cudaGetLastError();
+}
+
+cudaError_t
+cudaGraphDestroy(cudaGraph_t graph)
+{
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t
+cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+    delete exec;
+    return cudaSuccess;
+}
 
 /* ---- device memory: one reserved range, blocks in order of address ---- */
 
@@ -87,6 +173,8 @@ cudaMalloc(void **p, size_t bytes)
         if (space == MAP_FAILED)
             abort();
     }
+    if (breaks())
+        return cudaErrorStreamCaptureUnsupported;
     if (fail_at >= 0 && fail_at-- == 0)
         return last_error = cudaErrorMemoryAllocation;
     for (; i < n_chunks && chunks[i].from - at < size; i++)
@@ -107,6 +195,8 @@ cudaMalloc(void **p, size_t bytes)
 cudaError_t
 cudaFree(void *p)
 {
+    if (breaks())
+        return cudaErrorStreamCaptureUnsupported;
     for (int i = 0; p && i < n_chunks; i++)
         if (space + chunks[i].from == p)
         {
@@ -147,6 +237,8 @@ cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t
 {
     need_device(to, bytes, kind == cudaMemcpyHostToDevice);
     need_device(from, bytes, kind == cudaMemcpyDeviceToHost);
+    if (breaks()) /* from pageable memory */
+        return cudaErrorStreamCaptureUnsupported;
     device_open(true);
     memcpy(to, from, bytes);
     device_open(false);
@@ -157,10 +249,18 @@ cudaError_t
 cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t)
 {
     need_device(to, bytes, true);
-    device_open(true);
-    memset(to, value, bytes);
-    device_open(false);
+    emul_queue([=] {
+        device_open(true);
+        memset(to, value, bytes);
+        device_open(false);
+    });
     return last_error;
+}
+
+cudaError_t
+cudaStreamSynchronize(cudaStream_t)
+{
+    return breaks() ? cudaErrorStreamCaptureUnsupported : cudaGetLastError();
 }
 
 cudaError_t
@@ -221,8 +321,7 @@ static fibre  fibres[MAX_THREADS], *running;
 static int    n_fibres;
 static char  *shared;
 static size_t shared_size;
-static void (*the_body)(void *);
-static void  *the_arg;
+static const std::function<void()> *the_body;
 static struct { int arrived, alive; char slot[2][32][16]; } warps[MAX_THREADS / 32];
 static int block_arrived, block_alive;
 
@@ -257,7 +356,7 @@ release_if_all(bool warp, int w)
 static void
 fibre_main()
 {
-    the_body(the_arg);
+    (*the_body)();
     running->done = true;
     int w = (int) (running - fibres) / 32;
     warps[w].alive--;
@@ -359,7 +458,7 @@ run_block()
 }
 
 void
-emul_launch(dim3 grid, dim3 block, size_t smem, void (*body)(void *), void *arg)
+emul_launch(dim3 grid, dim3 block, size_t smem, const std::function<void()> &body)
 {
     if (block.x % 32 || block.x > MAX_THREADS || block.y != 1 || block.z != 1 || smem > (48 << 10) || !grid.x ||
         !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
@@ -369,8 +468,7 @@ emul_launch(dim3 grid, dim3 block, size_t smem, void (*body)(void *), void *arg)
     }
     if (smem > shared_size)
         shared = (char *) realloc(shared, shared_size = smem);
-    the_body = body;
-    the_arg = arg;
+    the_body = &body;
     gridDim = grid;
     blockDim = block;
     n_fibres = (int) block.x;
@@ -402,16 +500,18 @@ kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, con
 {
     if (!kne_cu_ready(cu))
         return;
-    device_open(true);
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < m; i++)
-        {
-            double sum = 0;
+    emul_queue([=] {
+        device_open(true);
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < m; i++)
+            {
+                double sum = 0;
 
-            for (int64_t p = 0; p < k; p++)
-                sum += (double) kne_dev_load(a, type, ta ? i * lda + p : p * lda + i) *
-                       (double) kne_dev_load(b, type, tb ? p * ldb + j : j * ldb + p);
-            c[j * ldc + i] = (float) (sum + (beta == 0 ? 0 : (double) beta * (double) c[j * ldc + i]));
-        }
-    device_open(false);
+                for (int64_t p = 0; p < k; p++)
+                    sum += (double) kne_dev_load(a, type, ta ? i * lda + p : p * lda + i) *
+                           (double) kne_dev_load(b, type, tb ? p * ldb + j : j * ldb + p);
+                c[j * ldc + i] = (float) (sum + (beta == 0 ? 0 : (double) beta * (double) c[j * ldc + i]));
+            }
+        device_open(false);
+    });
 }

@@ -5,7 +5,8 @@
  * A block's threads are fibres of one system thread, switched at barriers and shuffles; blocks run one after another.
  * Device memory is unreadable and unwritable outside of kernels and copies: host code that follows a device
  * pointer ends the program. A barrier that not all threads reach ends it too. Not emulated: speed,
- * races between warps that happen to run in order, and the library's products (a plain loop in double).
+ * races between warps that happen to run in order, and the library's products (a plain loop in double). What a graph cannot hold
+ * breaks its recording, as on a GPU.
  */
 #ifndef CUDA_EMUL_H
 #define CUDA_EMUL_H
@@ -14,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <tuple>
 
 extern "C" {
 #include "kne_base.h"
@@ -26,12 +29,7 @@ extern "C" {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define KNE_DYNAMIC_SHARED(type, name) type *name = (type *) emul_shared()
-#define kne_launch(kernel, grid, block, smem, stream, ...)                                  \
-    do                                                                                      \
-    {                                                                                       \
-        auto body_ = [&] { kernel(__VA_ARGS__); };                                          \
-        emul_launch(grid, block, smem, [](void *b) { (*(decltype(body_) *) b)(); }, &body_); \
-    } while (0)
+#define kne_launch(kernel, grid, block, smem, stream, ...) emul_go(kernel, grid, block, smem, __VA_ARGS__)
 
 struct dim3
 {
@@ -40,11 +38,21 @@ struct dim3
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-void  emul_launch(dim3 grid, dim3 block, size_t smem, void (*body)(void *), void *arg);
+void  emul_launch(dim3 grid, dim3 block, size_t smem, const std::function<void()> &body);
+void  emul_queue(std::function<void()> work); /* now, or into the graph that is recorded */
 void *emul_shared();
 void  emul_barrier(bool warp);
 void  emul_exchange(const void *mine, void *theirs, size_t size, int lane); /* of the warp */
 void  emul_poison(bool on); /* off: device memory stays open, which is quicker */
+
+/* The arguments are taken now, whenever the kernel runs. */
+template <class... P, class... A> void
+emul_go(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A... args)
+{
+    std::tuple<P...> kept(args...);
+
+    emul_queue([=] { emul_launch(grid, block, smem, [=] { std::apply(kernel, kept); }); });
+}
 
 static inline void __syncthreads() { emul_barrier(false); }
 static inline void __syncwarp() { emul_barrier(true); }
@@ -91,7 +99,7 @@ static inline __half __float2half(float f) { return {kne_f32_to_f16(f)}; }
 /* ---- the runtime's functions that kne_cuda.cu calls ---- */
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719, cudaErrorStreamCaptureUnsupported = 900 };
 enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaStreamNonBlocking = 1 };
 typedef struct emul_stream *cudaStream_t;
@@ -114,6 +122,19 @@ const char *cudaGetErrorString(cudaError_t rc);
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, int) { *s = nullptr; return cudaSuccess; }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaGetLastError(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t);
+
+/* ---- graphs ---- */
+
+typedef struct emul_graph *cudaGraph_t;
+typedef struct emul_graph *cudaGraphExec_t;
+enum { cudaStreamCaptureModeThreadLocal = 1 };
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, int mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 #endif
