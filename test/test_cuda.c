@@ -65,6 +65,7 @@ void       emul_fail_alloc(long n);
 void       emul_lose_device(void);
 void       emul_set_poison(bool on);
 int        emul_allocated(void);
+int        emul_refuse_graphs(bool refuse);
 
 void       kne_cuda_split_rows(kne_backend *be, int64_t rows);
 
@@ -80,6 +81,28 @@ open_gpu(kne_err *err)
 static void
 no_norm(void *ctx, float *y, float *rstd, const float *x, const float *w, float eps, int64_t n, int64_t d)
 {
+}
+
+/* Steps done from a record are the steps; and where nothing can be recorded, they are done all the same. */
+static void
+test_graphs(void)
+{
+    world           *w = world_new(&tiny_specs[0], 11, gpu);
+    kne_edit_job     job = job_of(w, gpu, 1);
+    kne_edit_result *r[2] = {NULL, NULL};
+    kne_err          err;
+    int              plain = emul_refuse_graphs(true), recorded;
+    bool             done = ok(kne_edit_run(&job, &r[0], &err), &err);
+
+    check(emul_refuse_graphs(false) == plain, "no graph where none can be recorded");
+    done &= ok(kne_edit_run(&job, &r[1], &err), &err);
+    recorded = emul_refuse_graphs(false) - plain;
+    check(done && recorded > 2 && r[0]->edit[0].steps == r[1]->edit[0].steps && r[0]->edit[0].p_after == r[1]->edit[0].p_after &&
+              r[0]->edit[0].norm == r[1]->edit[0].norm,
+          "an edit of %d steps with %d passes from a record is the same, bit for bit", done ? r[1]->edit[0].steps : 0, recorded);
+    kne_edit_result_free(r[0]);
+    kne_edit_result_free(r[1]);
+    world_free(w);
 }
 
 /* Memory that runs out fails what needed it and nothing else; a lost device stays lost. */
@@ -150,6 +173,7 @@ main(int argc, char **argv)
     test_ops();
     test_edits(argc > 2 ? 1 : TINY_N_SPEC); /* "one": for the sanitizer, which is slow */
 #ifndef KNE_GPU_CHECK
+    test_graphs();
     test_failures();
 #endif
     gpu->close(gpu);

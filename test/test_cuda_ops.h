@@ -7,7 +7,7 @@
 #ifndef TEST_CUDA_OPS_H
 #define TEST_CUDA_OPS_H
 
-enum { MAX_BUFFERS = 24 };
+enum { MAX_BUFFERS = 48 };
 
 /* The same memory on both sides. */
 typedef struct buffer
@@ -143,7 +143,7 @@ compare_ints(const buffer *b)
 }
 
 static void
-verdict(const char *name, double limit)
+verdict_of(const char *name, double limit, bool last)
 {
     kne_err    err;
     kne_status st = gpu->status(gpu->ctx, &err);
@@ -153,7 +153,14 @@ verdict(const char *name, double limit)
     else
         check(false, "%s", name);
     worst = 0;
-    forget();
+    if (last)
+        forget();
+}
+
+static void
+verdict(const char *name, double limit)
+{
+    verdict_of(name, limit, true);
 }
 
 #define EACH_SIDE for (int s = 0; s < 2; s++)
@@ -445,6 +452,135 @@ test_losses(void)
     verdict("logprob, kl, log_softmax", 1e-7);
 }
 
+/* Two edits of three layers: rows, blocks and movers that leave nothing regular. */
+static void
+test_optimiser(void)
+{
+    enum { N = 40, D = 75, F = 31, T = 23, ROWS = 50, UNION = 21, WIDE = 29 };
+    static const int32_t block_n[] = {1, 9, 5, 14, 11}, owners[] = {0, 0, 1, 1, 2};
+    kne_metric_block     blocks[5];
+    kne_grad_row         list[N];
+    int32_t              owner[N], idx[N], from[UNION + 1] = {0}, place[N];
+    const kne_mover      movers[] = {{0, 10, 1, 0.3f, 0.7f, 0.1f, 0.001f}, {10, 19, 0, 9, 9, 9, 9}, {29, 11, 1, 2, -0.2f, 0.5f, 0.01f}};
+    int64_t              at = 0;
+
+    for (int i = 0, row = 0; i < 5; row += block_n[i], at += block_n[i] * block_n[i], i++)
+    {
+        blocks[i] = (kne_metric_block) {at, row, block_n[i], owners[i]};
+        for (int r = row; r < row + block_n[i]; r++)
+            owner[r] = owners[i];
+    }
+    for (int i = 0; i < N; i++)
+    {
+        list[i] = (kne_grad_row) {i, (i * 7) % F, owner[i] * 6, owner[i] * 6 + 4 + 3 * owner[i]};
+        idx[i] = 100 + (i * 11) % WIDE;
+        place[i] = (i * 13) % N;
+        from[1 + i * i % UNION]++;
+    }
+    for (int i = 0; i < UNION; i++)
+        from[i + 1] += from[i];
+    const buffer *left = numbers(T * F, 0, 1), *right = numbers(T * D, 0, 1), *grad = output(N * D), *scratch = output(T * N),
+                 *entries = both(list, sizeof list), *own = both(owner, sizeof owner), *move = both(movers, sizeof movers),
+                 *at_place = both(place, sizeof place), *anchors = numbers(N * D, 0, 1), *mean = numbers(N * D, 0, 1),
+                 *block = both(blocks, sizeof blocks), *index = both(idx, sizeof idx), *a = numbers(ROWS * WIDE, 0, 1),
+                 *m = output(at * 2), *column = output(2 * 14 * 32), *norm = output(4 * N), *delta = numbers(N * D, 0, 1),
+                 *var = numbers(N * D, 1, 0.1), *one = numbers(13 * 13, 0, 0.02), *other = numbers(N * D, 0, 1);
+
+    CALL(grad_rows, F(grad), (const kne_grad_row *) entries->side[s], N, F(left), F, F(right), D, F(scratch));
+    compare(grad);
+    CALL(add_anchors, F(grad), F(anchors), I(at_place), I(own), (const kne_mover *) move->side[s], N, D);
+    compare(grad);
+    CALL(momentum, F(mean), 0.4f, F(grad), I(own), (const kne_mover *) move->side[s], N, D);
+    compare(mean);
+    verdict_of("grad_rows, add_anchors, momentum", 1e-12, false);
+
+#define BLOCKS  ((const kne_metric_block *) block->side[s])
+#define DOUBLES(b) ((double *) (b)->side[s])
+    CALL(gram, DOUBLES(m), F(a), WIDE, ROWS, I(index), 100, BLOCKS, 5, 14);
+    CALL(factor, DOUBLES(m), NULL, BLOCKS, 5, 14, 1.0 / ROWS, 0.01);
+    CALL(solve, F(mean), 0.5f, 2, F(grad), DOUBLES(m), BLOCKS, 5, 14, (const kne_mover *) move->side[s], D, DOUBLES(column));
+    compare(mean);
+    CALL(row_norms, DOUBLES(norm), F(mean), N, D);
+    CALL(row_norms, DOUBLES(norm) + N, F(anchors), N, D);
+    CALL(step, F(delta), F(mean), DOUBLES(norm), 2, I(own), (const kne_mover *) move->side[s], N, D);
+    compare(delta);
+    CALL(adam, F(delta), F(mean), F(var), F(anchors), I(own), (const kne_mover *) move->side[s], N, D);
+    compare(delta);
+    compare(var);
+    /* one matrix as float, on its own */
+    EACH_SIDE
+    {
+        kne_metric_block b = {0, 3, 13, 0};
+
+        for (int i = 0; i < 13; i++)
+        {
+            const float high = 2;
+
+            BE->put(BE->ctx, F(one) + i * 14, &high, sizeof high);
+            for (int j = 0; j < i; j++) /* symmetric */
+            {
+                float low;
+
+                BE->get(BE->ctx, &low, F(one) + i * 13 + j, sizeof low);
+                BE->put(BE->ctx, F(one) + j * 13 + i, &low, sizeof low);
+            }
+        }
+        BE->put(BE->ctx, block->side[s], &b, sizeof b);
+    }
+    CALL(factor, DOUBLES(m), F(one), BLOCKS, 1, 13, 0.5, 0.1);
+    CALL(solve, F(mean), 0, -1, F(other), DOUBLES(m), BLOCKS, 1, 13, NULL, D, DOUBLES(column));
+    compare(mean);
+    verdict_of("gram, factor, solve, row_norms, step, adam", 1e-9, false);
+#undef BLOCKS
+#undef DOUBLES
+
+    for (int type = 0; type < 3; type++)
+    {
+        const buffer *eff = output(UNION * D), *keys = output(UNION * D), *base = numbers(UNION * D, 0, 1), *ranges = both(from, sizeof from);
+
+        CALL(compose, F(eff), F(base), F(base), F(delta), I(ranges), I(at_place), UNION, D, (kne_dtype) type);
+        CALL(compose, F(keys), NULL, F(base), NULL, I(ranges), I(at_place), UNION, D, (kne_dtype) type);
+        /* the same to rounding: delta is */
+        worst = fmax(worst, distance(eff, false) > 1e-4);
+        compare(keys);
+    }
+    verdict("compose", 1e-12);
+}
+
+static void
+test_selection(void)
+{
+    enum { ROWS = 3, ALL = 1500, LD = 1511, F = 140, T = 19 };
+    static const int32_t begin[] = {0, 4, 5, 19};
+    static const int64_t wanted[] = {1, 37, 700, ALL};
+
+    for (int i = 0; i < 8; i++)
+    {
+        const int64_t n = wanted[i % 4];
+        const buffer *score = numbers(ROWS * LD, 0, 1), *index = output(ROWS * n), *keys = output(2 * ROWS * n);
+
+        if (i >= 4) /* ties, zeros of both signs, numbers that are none */
+            EACH_SIDE
+                for (int k = 0; k < ROWS * LD; k += 2)
+                {
+                    const float coarse[] = {0, -0.0f, 1, -1, NAN, INFINITY, -INFINITY, 0.5f};
+
+                    BE->put(BE->ctx, F(score) + k, &coarse[k / 2 * 7 % 8], sizeof(float));
+                }
+        CALL(top, I(index), F(score), LD, (uint64_t *) keys->side[s], ROWS, ALL, n);
+        compare_ints(index);
+        forget();
+    }
+    verdict("top", 0);
+
+    const buffer *z = numbers(T * F, 0, 1), *a = numbers(T * F, 0, 1), *k = numbers(T * T, 0, 1), *row0 = both(begin, sizeof begin),
+                 *score = numbers(3 * (F + 9), 0, 1);
+
+    CALL(energy, F(score), F + 9, F(z), F(a), F(k), I(row0), 3, T, F, 0.3f);
+    compare(score);
+    verdict("energy", 1e-7);
+}
+
 static void
 test_ops(void)
 {
@@ -455,6 +591,8 @@ test_ops(void)
     test_attention();
     test_elements();
     test_losses();
+    test_optimiser();
+    test_selection();
 }
 
 #undef EACH_SIDE
