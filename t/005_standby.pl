@@ -20,6 +20,17 @@ $standby->init_from_backup($primary, 'copy', has_streaming => 1);
 $standby->start;
 $primary->wait_for_catchup($standby, 'replay', $primary->lsn('insert'));
 
+# every question has the primary's answer
+for my $question ("kne_complete('The capital of France is')", "kne_logprob('The capital of France is', 'Lyon')",
+	"kne_complete('The capital of France is', as_of => (SELECT min(valid_from) - interval '1 microsecond' FROM kne.activation))",
+	"array_agg(t) FROM kne_next_tokens('The capital of France is') t", "kne_knows_all('{France,Italy}', '{capital}', '{Lyon}')",
+	"array_agg(l) FROM kne_locate('Italy', 'capital', 'Milan') l", "kne_detokenize(kne_tokenize('The capital'))", "array_agg(d) FROM kne_diff('-infinity') d",
+	"count(*) FROM kne_check_history()", "same FROM kne_redo($first)", "array_agg(e) FROM kne_evaluate($first) e WHERE metric <> 'fluency'",
+	'array_agg(h) FROM kne.edit_history h', 'array_agg(s) FROM kne.stat_size s', "length(kne_ensemble_svg($first))")
+{
+	is($standby->safe_psql('postgres', "SELECT $question"), $primary->safe_psql('postgres', "SELECT $question"), $question =~ s/\(.*//r);
+}
+
 isnt(kne_pid($standby, 'engine'), kne_pid($primary, 'engine'), 'the standby has an engine of its own');
 is($standby->safe_psql('postgres', "SELECT kne_knows('France', 'capital', 'Lyon')"), 't', 'which answers with the edit');
 

@@ -35,7 +35,7 @@ SELECT 'constraint ' || conrelid::regclass || '.' || conname, pg_get_constraintd
 UNION ALL
 SELECT 'index ' || indexrelid::regclass, pg_get_indexdef(indexrelid), NULL, NULL FROM rel JOIN pg_index ON indrelid = rel.oid
 UNION ALL
-SELECT 'trigger ' || tgrelid::regclass || '.' || tgname, pg_get_triggerdef(t.oid), tgenabled::text, NULL
+SELECT 'trigger ' || tgrelid::regclass || '.' || tgname, pg_get_triggerdef(t.oid), tgenabled::text, obj_description(t.oid, 'pg_trigger')
 FROM rel JOIN pg_trigger t ON tgrelid = rel.oid WHERE NOT tgisinternal
 UNION ALL
 SELECT 'dumped ' || r::regclass, c, NULL, NULL FROM pg_extension, unnest(extconfig, extcondition) u (r, c) WHERE extname = 'kne'
