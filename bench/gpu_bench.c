@@ -1,9 +1,11 @@
 /*
  * gpu_bench.c - the engine on a GPU, in the shapes of real models with random bfloat16 weights made in memory: passes of 32
  * tokens, whole edits alone and in batches, with the defaults and with each of them off, beside what the device reaches
- * in the same run. Prints Markdown. Links nothing but libc and libm (see kernels/kernels.mk).
+ * in the same run. Prints Markdown, and beside each figure the floor: the weights' bytes at the measured bandwidth, or the
+ * operations at the measured rate, whichever takes longer. Links nothing but libc and libm (see kernels/kernels.mk).
  *
  * gpu_bench [DEVICE [SHAPE]]   DEVICE: cuda; SHAPE: part of a name below, all of them without
+ * With KNE_FIGURES in the environment, also writes `SHAPE<TAB>step, edit or batch<TAB>milliseconds` to the file it names.
  */
 #include "kne_attrib.h"
 #include "kne_device.h"
@@ -37,6 +39,15 @@ static const struct { const char *name; kne_arch a; } shapes[] = {
 };
 
 static kne_backend *be;
+static FILE        *figures; /* may be NULL */
+static const char  *shape_name;
+
+static void
+figure(const char *what, double seconds)
+{
+    if (figures)
+        fprintf(figures, "%s\t%s\t%.3f\n", shape_name, what, seconds * 1e3);
+}
 
 static void
 need(kne_status st, const kne_err *err)
@@ -184,6 +195,23 @@ ceilings(void)
 
 /* ---- passes ---- */
 
+/* Operations of one direction over n rows with n_out logits; attention itself is little at this length. */
+static double
+pass_flop(const kne_model *m, double n, double n_out)
+{
+    const double head = (double) m->arch.vocab_size * m->arch.d_model;
+    const double weights = (double) kne_model_device_bytes(m) / 2 - head * (m->arch.tied_head ? 1 : 2);
+
+    return 2 * (n * weights + n_out * head);
+}
+
+/* Least seconds of one direction. */
+static double
+pass_floor(const kne_model *m, double n, double n_out)
+{
+    return fmax((double) kne_model_device_bytes(m) / bandwidth, pass_flop(m, n, n_out) / arithmetic);
+}
+
 static void
 passes(const kne_model *m, int n_seq)
 {
@@ -223,9 +251,10 @@ passes(const kne_model *m, int n_seq)
         t[i] = kne_now() - t[i];
     }
     qsort(t + 3, 12, sizeof *t, by_value);
-    flop = 2 * 2.0 * n * (bytes / 2 - 2.0 * a->vocab_size * a->d_model);
-    printf("| forward + backward, %d x %d tokens | %.2f ms | %.0f %% of bandwidth, %.0f %% of arithmetic |\n", n_seq, TOKENS,
-           t[9] * 1e3, 200 * bytes / t[9] / bandwidth, 100 * flop / t[9] / arithmetic);
+    flop = 2 * pass_flop(m, n, n_seq);
+    printf("| forward + backward, %d x %d tokens | %.2f ms | %.2f ms | %.0f %% of bandwidth, %.0f %% of arithmetic |\n", n_seq, TOKENS,
+           t[9] * 1e3, fmax(2 * bytes / bandwidth, flop / arithmetic) * 1e3, 200 * bytes / t[9] / bandwidth,
+           100 * flop / t[9] / arithmetic);
     kne_work_free(w);
     free(id);
     free(pos);
@@ -290,8 +319,18 @@ edits(const kne_model *m, const kne_view *view, const char *what, int n, const c
     }
     for (int i = 0; i < n; i++)
         steps += r->edit[i].steps;
-    printf("| %s | %.0f ms an edit | attribution %.0f ms, optimiser %.0f ms in all, %.1f steps an edit |\n", what, t * 1e3 / n,
-           attribute * 1e3, optimise * 1e3, (double) steps / n);
+    /* look before, attribution and energy (forward and backward each), anchors' references, look after; and the steps */
+    const double held = job.options.beta > 0 ? fmin(8.0 * n, KNOWN) : 0, seen = n + held;
+    const double steps_each = (double) steps / n;
+    const double least = pass_floor(m, n * TOKENS, n) * 2 + pass_floor(m, n * TOKENS, n) * 2 * (job.options.select == KNE_SELECT_ENERGY ? 2 : 1) +
+                         (held > 0 ? pass_floor(m, held * TOKENS, held) : 0) + 2 * steps_each * pass_floor(m, seen * TOKENS, seen);
+
+    printf("| %s | %.1f ms an edit | %.1f ms | attribution %.0f ms, optimiser %.0f ms in all, %.1f steps an edit, %.2f ms a step |\n", what,
+           t * 1e3 / n, least * 1e3 / n, attribute * 1e3, optimise * 1e3, steps_each, steps ? optimise * 1e3 / steps_each : 0);
+    if (!name)
+        figure(n == 1 ? "edit" : n == BATCH ? "batch" : "six", t / n);
+    if (!name && steps)
+        figure(n == 1 ? "step" : n == BATCH ? "batch step" : "six step", optimise / steps_each);
     fflush(stdout);
     kne_edit_result_free(r);
     kne_ref_cache_free(cache);
@@ -309,6 +348,8 @@ main(int argc, char **argv)
         printf("gpu_bench: %s: nothing was measured\n", err.msg);
         return 77;
     }
+    if (getenv("KNE_FIGURES"))
+        figures = fopen(getenv("KNE_FIGURES"), "w");
     printf("## %s\n\n", be->name);
     ceilings();
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
@@ -319,6 +360,7 @@ main(int argc, char **argv)
 
         if (only ? !strstr(shapes[i].name, only) : strcmp(shapes[i].name, "smoke") == 0)
             continue;
+        shape_name = shapes[i].name;
         m = model_new(&shapes[i].a);
         be->memory(be->ctx, &before, &total);
         if (kne_model_bind(m, be, &err) != KNE_OK)
@@ -327,23 +369,30 @@ main(int argc, char **argv)
             continue;
         }
         need(kne_view_new(m, be, 0, NULL, NULL, &view, &err), &err);
-        printf("### Shape of %s, random bfloat16, %d tokens a fact, %d steps\n\n| what | time | |\n|---|---|---|\n", shapes[i].name,
+        printf("### Shape of %s, random bfloat16, %d tokens a fact, %d steps\n\n| what | time | floor | |\n|---|---|---|---|\n", shapes[i].name,
                TOKENS, STEPS);
         passes(m, 1);
         passes(m, 6);
         edits(m, view, "one edit, defaults", 1, NULL, NULL);
-        edits(m, view, "one edit, no contrast", 1, "contrast", NULL);
+        edits(m, view, "one edit, by attribution and contrast", 1, "select", "attribution");
         edits(m, view, "one edit, no anchors", 1, "beta", NULL);
         edits(m, view, "one edit, plain Adam for the protected step", 1, "step", "adam");
-        edits(m, view, "a batch of 32, defaults", BATCH, NULL, NULL);
+        edits(m, view, "six edits together, defaults", 6, NULL, NULL);
         be->memory(be->ctx, &after, &total);
-        printf("\n%.2f GB of the device in use after it, %.2f of them weights.\n\n", (double) (before - after) * 1e-9,
+        printf("| memory after the batch of six | %.2f GB | %.2f GB | of it weights |\n", ((double) before - (double) after) * 1e-9,
+               (double) kne_model_device_bytes(m) * 1e-9);
+        edits(m, view, "a batch of 32, defaults", BATCH, NULL, NULL);
+        edits(m, view, "a batch of 32, no anchors", BATCH, "beta", NULL);
+        be->memory(be->ctx, &after, &total);
+        printf("\n%.2f GB of the device in use after it, %.2f of them weights.\n\n", ((double) before - (double) after) * 1e-9,
                (double) kne_model_device_bytes(m) * 1e-9);
         kne_view_free(view);
         if (m->device)
             be->release(be->ctx, m->device_block);
         free(random_bytes);
     }
+    if (figures)
+        fclose(figures);
     be->close(be);
     return 0;
 }

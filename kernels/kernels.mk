@@ -41,17 +41,23 @@ endif
 # The kernels compiled for the host, by whichever C++ compiler there is; without one test_cuda is not built.
 HOST_CXX = $(firstword $(foreach c,g++ clang++,$(wildcard $(addsuffix /$(c),$(subst :, ,$(PATH))))))
 EMUL_FLAGS = -std=c++20 -O2 -g -ffp-contract=fast -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas -Wno-missing-field-initializers \
-             -DKNE_EMUL -D_GNU_SOURCE -Itest -Isrc
+             -DKNE_EMUL -D_GNU_SOURCE -fPIC -Itest -Isrc
 EMUL_OBJ   = $(patsubst kernels/%.cu,$(BUILD)/emul/%.o,$(filter-out kernels/lt.cu,$(CU_SRC))) $(BUILD)/emul/cuda_emul.o
 CHECK_C    = $(CC) $(ENGINE_CFLAGS) -Isrc test/test_cuda.c
 
-$(BUILD)/emul/%.o: kernels/%.cu kernels/kne_cuda.h test/cuda_emul.h $(wildcard src/*.h)
+$(BUILD)/emul/%.o: kernels/%.cu kernels/kne_cuda.h test/cuda_emul.h $(wildcard src/*.h) kernels/kernels.mk
 	@mkdir -p $(@D)
 	$(HOST_CXX) $(EMUL_FLAGS) -x c++ -c $< -o $@
 
-$(BUILD)/emul/cuda_emul.o: test/cuda_emul.cc test/cuda_emul.h kernels/kne_cuda.h
+$(BUILD)/emul/cuda_emul.o: test/cuda_emul.cc test/cuda_emul.h kernels/kne_cuda.h kernels/kernels.mk
 	@mkdir -p $(@D)
 	$(HOST_CXX) $(EMUL_FLAGS) -c $< -o $@
+
+# The emulation as kne_cuda.so, with an empty driver and the engine beside it: what test_server breaks.
+$(BUILD)/emul/kne-engine: $(EMUL_OBJ) src/kne_base.c src/kne_error.c $(BUILD)/kne-engine
+	$(CC) $(ENGINE_CFLAGS) -fPIC -shared src/kne_base.c src/kne_error.c $(EMUL_OBJ) -o $(BUILD)/emul/kne_cuda.so -lstdc++ -lm
+	$(CC) -shared -x c /dev/null -o $(BUILD)/emul/libcuda.so.1
+	cp $(BUILD)/kne-engine $@
 
 $(BUILD)/test_cuda: test/test_cuda.c $(wildcard test/*.h) $(EMUL_OBJ) $(BUILD)/libkne_plain.a
 	$(CHECK_C) $(EMUL_OBJ) $(BUILD)/libkne_plain.a -o $@ -lstdc++ -lpthread -lm -ldl

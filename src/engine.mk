@@ -21,7 +21,7 @@ engine: $(BUILD)/kne-engine
 
 include kernels/kernels.mk
 
-engine-tests: $(TEST_BIN)
+engine-tests: $(TEST_BIN) $(if $(HOST_CXX),$(BUILD)/emul/kne-engine)
 engine-bench: $(BENCH_BIN)
 
 $(BUILD)/%.o: src/%.c $(wildcard src/*.h)

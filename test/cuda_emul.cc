@@ -14,6 +14,17 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+static int last_error;
+
+/* For the engine as a process: what its environment asks for, `otherwise` if nothing. */
+static long
+asked(const char *name, long otherwise)
+{
+    const char *value = getenv(name);
+
+    return value ? atol(value) : otherwise;
+}
+
 /* ---- graphs ---- */
 
 struct emul_graph
@@ -27,6 +38,10 @@ static int         replays;
 void
 emul_queue(std::function<void()> work)
 {
+    static long left = asked("EMUL_LOSE_AFTER", -1);
+
+    if (left >= 0 && left-- == 0)
+        last_error = cudaErrorLaunchFailure;
     if (recording)
         recording->work.push_back(work);
     else
@@ -102,6 +117,15 @@ cudaGraphExecDestroy(cudaGraphExec_t exec)
 /* ---- device memory: one reserved range, blocks in order of address ---- */
 
 #define SPACE ((size_t) 1 << 30)
+
+/* How much of it the device has. */
+static size_t
+memory()
+{
+    static const size_t bytes = (size_t) asked("EMUL_MEMORY_MIB", 1024) << 20;
+
+    return bytes;
+}
 #define PAGE  ((size_t) 4096)
 
 struct chunk
@@ -110,7 +134,7 @@ struct chunk
 };
 static char    *space;
 static chunk    chunks[4096];
-static int      n_chunks, open_depth, last_error;
+static int      n_chunks, open_depth;
 static bool     poison = true;
 static long     fail_at = -1; /* which allocation fails, counted down */
 
@@ -179,7 +203,7 @@ cudaMalloc(void **p, size_t bytes)
         return last_error = cudaErrorMemoryAllocation;
     for (; i < n_chunks && chunks[i].from - at < size; i++)
         at = chunks[i].from + chunks[i].size;
-    if (n_chunks == 4096 || at + size > SPACE)
+    if (n_chunks == 4096 || at + size > memory())
         return last_error = cudaErrorMemoryAllocation;
     memmove(&chunks[i + 1], &chunks[i], (size_t) (n_chunks - i) * sizeof *chunks);
     chunks[i] = {at, size};
@@ -266,7 +290,7 @@ cudaStreamSynchronize(cudaStream_t)
 cudaError_t
 cudaMemGetInfo(size_t *free_bytes, size_t *total)
 {
-    *total = *free_bytes = SPACE;
+    *total = *free_bytes = memory();
     for (int i = 0; i < n_chunks; i++)
         *free_bytes -= chunks[i].size;
     return cudaSuccess;
@@ -282,7 +306,7 @@ cudaGetDeviceCount(int *n)
 cudaError_t
 cudaGetDeviceProperties(cudaDeviceProp *p, int)
 {
-    *p = {"emulated on the host", 7, 5, SPACE};
+    *p = {"emulated on the host", 7, 5, memory()};
     return cudaSuccess;
 }
 

@@ -26,9 +26,12 @@ sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanit
 if [ -z "$sanitizer" ]; then
     row "compute-sanitizer over an edit" "skipped: it is not installed"
 else
+    own=$(grep -ohE '[a-z0-9_]+_kernel\(' kernels/*.cu | sort -u | tr -d '(' | paste -sd '|')
     for tool in memcheck racecheck; do
         if "$sanitizer" --tool "$tool" --error-exitcode 9 "$build/gpu_check" 1 one >"$out/$tool" 2>&1; then
             row "compute-sanitizer, $tool" "clean"
+        elif [ "$tool" = racecheck ] && ! grep -q '^not ok' "$out/$tool" && grep -q '^1\.\.' "$out/$tool" && ! grep -qE "($own)\\(" "$out/$tool"; then
+            row "compute-sanitizer, $tool" "clean but for kernels of the library"
         else
             tail -30 "$out/$tool"
             row "compute-sanitizer, $tool" "FAILED"
@@ -37,12 +40,28 @@ else
     done
 fi
 
-if "$build/gpu_bench" | tee "$out/bench"; [ "${PIPESTATUS[0]}" = 0 ]; then
+if KNE_FIGURES="$out/kne" "$build/gpu_bench" | tee "$out/bench"; [ "${PIPESTATUS[0]}" = 0 ]; then
     row "benchmarks" "above"
 else
     row "benchmarks" "FAILED"
     bad=1
 fi
-row "a plain PyTorch loop beside it" "skipped: not part of this version"
+
+# the same maths in plain PyTorch, where there is one that sees the GPU
+python3 bench/gpu_peer_torch.py >"$out/peer" 2>"$out/peer.err"
+status=$?
+if [ "$status" = 77 ]; then
+    row "a plain PyTorch loop beside it" "skipped: no torch that sees a GPU"
+elif [ "$status" != 0 ]; then
+    tail -5 "$out/peer.err"
+    row "a plain PyTorch loop beside it" "FAILED"
+    bad=1
+else
+    table+=$(awk -F '\t' 'NR == FNR { kne[$1, $2] = $3; next }
+        { times = ""
+          for (k = 1; k <= 3; k++) { what = $2 == "step" ? (k == 1 ? "step" : "") : (k == 1 ? "edit" : k == 2 ? "six" : "batch")
+              if (what != "" && ($1, what) in kne) times = times sprintf(", kne %s %.2f ms (%.1f times)", what, kne[$1, what], $3 / kne[$1, what]) }
+          printf "%-44s %.2f ms%s\n", "PyTorch, " $1 ", a" ($2 == "step" ? " " : "n ") $2, $3, times }' "$out/kne" "$out/peer")$'\n'
+fi
 printf '\n%s\n' "$table"
 exit $bad

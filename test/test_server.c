@@ -1687,6 +1687,77 @@ test_changed_files(void)
     check(engine_stop(&e) == KNE_EXIT_OK, "and ends clean");
 }
 
+/* ---- a GPU, emulated (cuda_emul.h), and what can happen to it ---- */
+
+/* build/emul: the engine with the emulation as its kne_cuda.so, beside a driver that is there to be found. */
+static bool
+start_on_gpu(engine *e, char *path, size_t size, const char *variable, const char *value)
+{
+    char *slash = strrchr(program, '/'), driver[600];
+    bool  ready;
+
+    snprintf(path, size, "%.*semul/kne-engine", slash ? (int) (slash - program + 1) : 0, program);
+    if (access(path, X_OK) != 0)
+        return false;
+    snprintf(driver, sizeof driver, "%.*s", (int) (strrchr(path, '/') - path), path);
+    setenv("LD_LIBRARY_PATH", driver, 1);
+    if (variable)
+        setenv(variable, value, 1);
+    ready = engine_start(e, path, (const char *const[]) {"--device", "cuda", NULL});
+    unsetenv("LD_LIBRARY_PATH");
+    if (variable)
+        unsetenv(variable);
+    check(ready, "starts on the emulated GPU");
+    return ready;
+}
+
+static void
+test_gpu(double on_cpu)
+{
+    engine   e;
+    char     path[600];
+    uint16_t type;
+    int      fd, rc;
+    double   p;
+    BODY(w);
+
+    if (!start_on_gpu(&e, path, sizeof path, NULL, NULL))
+    {
+        skip("an emulated GPU", "it was not built");
+        return;
+    }
+    fd = engine_client(&e);
+    p = ask_logprob(fd, NULL, prompt, object, &type);
+    check(type == KNE_MSG_OK && fabs(p - on_cpu) < 1e-3, "it answers as the CPU does (%.5f and %.5f)", p, on_cpu);
+    close(fd);
+    check(engine_stop(&e) == KNE_EXIT_OK, "and ends clean");
+
+    if (start_on_gpu(&e, path, sizeof path, "EMUL_MEMORY_MIB", "200"))
+    {
+        fd = engine_client(&e);
+        put_view(&w, NULL);
+        kne_put_u32(&w, 1);
+        kne_put_str(&w, prompt);
+        kne_put_str(&w, object);
+        answer a = client_call(fd, KNE_MSG_LOGPROB, &w);
+
+        check(is_error(&a, KNE_ERR_NOMEM), "a model that does not fit is refused, before it is loaded: %s", a.msg);
+        answer_free(&a);
+        check(alive(fd), "and the engine goes on");
+        close(fd);
+        check(engine_stop(&e) == KNE_EXIT_OK, "it ends clean");
+    }
+    if (start_on_gpu(&e, path, sizeof path, "EMUL_LOSE_AFTER", "90"))
+    {
+        fd = engine_client(&e);
+        ask_logprob(fd, NULL, prompt, object, &type);
+        rc = engine_wait_exit(e.pid, CLIENT_SECONDS);
+        check(type == 0 && rc == KNE_EXIT_DEVICE_LOST, "a GPU that fails for good ends it with code %d, the request unanswered", rc);
+        close(fd);
+        engine_remove_files(&e);
+    }
+}
+
 /* ---- main ---- */
 
 static bool
@@ -1746,6 +1817,7 @@ main(int argc, char **argv)
         return kne_test_done();
     }
     test_inspect(fd);
+    test_gpu(ask_logprob(fd, NULL, prompt, object, NULL));
     test_tokens(fd);
     test_complete(fd);
     test_stories(fd);
