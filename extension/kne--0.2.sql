@@ -626,6 +626,41 @@ part (n, svg) AS (
 SELECT pg_catalog.string_agg(svg, E'\n' ORDER BY n) FROM part
 $svg$;
 
+-- What an edit changed: the likeliest next tokens of its prompt just before it came into force and then.
+CREATE FUNCTION kne_change_svg(edit_id bigint, k integer DEFAULT 6)
+    RETURNS text
+    LANGUAGE sql STABLE PARALLEL RESTRICTED COST 100000 SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    BEGIN ATOMIC
+        WITH about AS (
+            SELECT m.name AS model, a.at, coalesce((SELECT replace(p.prompt, '{}', r.subject) FROM kne.relation p WHERE p.relation = r.relation),
+                                                   r.subject || ' ' || r.relation) AS prompt
+            FROM kne.edit_request r JOIN kne.model m USING (model_id)
+            JOIN LATERAL (SELECT min(v.valid_from) AS at FROM kne.activation v WHERE v.edit_id = r.edit_id) a ON isfinite(a.at)
+            WHERE r.edit_id = kne_change_svg.edit_id),
+        side AS (
+            SELECT s.side, s.title, t.rank, t.probability AS p,
+                   replace(replace(replace(regexp_replace(t.token, '[[:cntrl:]]', ' ', 'g'), '&', '&amp;'), '<', '&lt;'), '>', '&gt;') AS token
+            FROM about, (VALUES (0, 'before', interval '-1 microsecond'), (1, 'after', interval '0')) s (side, title, shift),
+                 kne_next_tokens(about.prompt, kne_change_svg.k, about.model, about.at + s.shift) t),
+        part (n, svg) AS (
+            SELECT 1, format('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 %1$s" width="640" height="%1$s" font-family="sans-serif"'
+                       || ' font-size="12"><rect width="100%%" height="100%%" fill="#fff"/><text x="12" y="22" font-size="14">%2$s ...</text>',
+                       72 + 22 * (SELECT max(rank) FROM side), replace(replace(replace(prompt, '&', '&amp;'), '<', '&lt;'), '>', '&gt;'))
+            FROM about
+            UNION ALL
+            SELECT 2, format('<text x="%s" y="46" fill="#555">%s edit %s</text>', 12 + 314 * side, title, kne_change_svg.edit_id)
+            FROM (SELECT DISTINCT side, title FROM side) d
+            UNION ALL
+            SELECT 3, format('<text x="%s" y="%s" text-anchor="end" xml:space="preserve">%s</text><rect x="%s" y="%s" width="%s" height="14" fill="%s"/>'
+                       || '<text x="%s" y="%2$s" fill="#555">%9$s</text>',
+                       112 + 314 * side, 48 + 22 * rank, token, 118 + 314 * side, 37 + 22 * rank, round((140 * p)::numeric, 1),
+                       ('{#7f7f7f,#0072b2}'::text[])[1 + side], 122 + 314 * side + round((140 * p)::numeric, 1), round(p::numeric, 3))
+            FROM side
+            UNION ALL
+            SELECT 4, '</svg>' FROM about)
+        SELECT string_agg(svg, E'\n' ORDER BY n, svg) FROM part;
+    END;
+
 -- Live state.
 CREATE FUNCTION kne_status()
     RETURNS TABLE (worker text, pid integer, database name, state text, device text, device_note text, models text[], private_bytes bigint,
@@ -803,6 +838,7 @@ REVOKE ALL ON FUNCTION
     kne_evaluate(bigint),
     kne_load_suite(jsonb, text, jsonb, integer, integer),
     kne_ensemble_svg(bigint, integer),
+    kne_change_svg(bigint, integer),
     kne_status(),
     kne.stat_workers(),
     kne.request_before(),
@@ -891,6 +927,7 @@ COMMENT ON FUNCTION kne_health(text, timestamptz) IS 'Perplexity of a model over
 COMMENT ON FUNCTION kne_evaluate(bigint) IS 'Measure an edit by its probes, in the model as the caller sees it; kept in kne.evaluation.';
 COMMENT ON FUNCTION kne_load_suite(jsonb, text, jsonb, integer, integer) IS 'Queue the edits of CounterFact, zsRE, KnowEdit or plain records, with their probes; returns their ids.';
 COMMENT ON FUNCTION kne_ensemble_svg(bigint, integer) IS 'A picture of the neurons that an edit moved, as SVG; NULL without a solution.';
+COMMENT ON FUNCTION kne_change_svg(bigint, integer) IS 'A picture of the likeliest next tokens before and after an edit, as SVG; NULL when it was never in force.';
 COMMENT ON FUNCTION kne_status() IS 'One row a process of kne: the engine, the launcher, each editing worker.';
 COMMENT ON FUNCTION kne.stat_workers() IS 'What the editing workers of the server are doing; kne.stat_worker and kne.stat_progress show it.';
 COMMENT ON FUNCTION kne.request_before() IS 'Check a new request and fill in what the user left out.';

@@ -11,7 +11,7 @@ GRANT INSERT (model_id, subject, relation, object, options) ON kne.edit_request 
 GRANT INSERT (model_id, subject, relation, object) ON kne.fact TO kne_editor;
 GRANT SELECT ON kne.model, kne.relation, kne.fact, kne.edit_request, kne.edit_event, kne.edit_history TO kne_editor;
 GRANT EXECUTE ON FUNCTION kne_load_model, kne_drop_model, kne_tag, kne_untag, kne_redo, kne_check_history, kne_adopt, kne_status, kne.stat_workers TO kne_owner;
-GRANT EXECUTE ON FUNCTION kne_evaluate, kne_consequences, kne_edit_unit, kne_revert_unit, kne_ensemble_svg TO kne_editor;
+GRANT EXECUTE ON FUNCTION kne_evaluate, kne_consequences, kne_edit_unit, kne_revert_unit, kne_ensemble_svg, kne_change_svg TO kne_editor;
 GRANT INSERT (edit_id, kind, prompt, answer, versus) ON kne.probe TO kne_editor;
 GRANT SELECT ON kne.probe, kne.evaluation, kne.alias, kne.profile TO kne_editor;
 GRANT EXECUTE ON FUNCTION kne_consolidate, kne_wait_consolidation, kne_cancel_consolidation, kne_health, kne_load_suite TO kne_owner;

@@ -41,7 +41,7 @@ BEGIN;
 DELETE FROM country WHERE name = 'France';
 SELECT * FROM asked;
 SELECT subject, object, edit_id IS NOT NULL AS edited FROM kne.fact WHERE subject = 'France' AND valid_to IS NULL
-    AND model_id = (SELECT model_id FROM kne.model WHERE name = 'store');
+    AND model_id = (SELECT model_id FROM kne.model WHERE name = 'store') ORDER BY object COLLATE "C";
 ROLLBACK;
 SELECT kne_untrack_table('country', 'capital');
 DELETE FROM country;

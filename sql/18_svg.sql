@@ -15,5 +15,11 @@ SELECT bool_and(m[4] = ('{#0072b2,#d55e00,#009e73,#cc79a7,#e69f00,#56b4e9,#7f7f7
 FROM mark JOIN kne.ensemble e ON e.layer = m[6]::int AND e.neuron = m[7]::int WHERE e.edit_id = :e;
 SELECT kne_ensemble_svg(:e) LIKE '%Chile &amp; &lt;co&gt;, capital: Buenos Aires%' AS escaped;
 SELECT kne_ensemble_svg(:e, 7) IS NULL AS no_such_generation, kne_ensemble_svg(-1) IS NULL AS no_such_edit;
+-- before and after: two sides of k bars; after it the object's first token is the likeliest
+SELECT xml_is_well_formed(kne_change_svg(:e)) AS well_formed,
+       (SELECT count(*) FROM regexp_matches(kne_change_svg(:e, 4), 'height="14" fill="#7f7f7f"', 'g')) AS before,
+       (SELECT count(*) FROM regexp_matches(kne_change_svg(:e, 4), 'height="14" fill="#0072b2"', 'g')) AS after,
+       kne_change_svg(:e) LIKE '%The capital of Chile &amp; &lt;co&gt; is ...%' AS escaped, kne_change_svg(-1) IS NULL AS no_such_edit;
+SELECT m[1]::float > 0.9 AS likely FROM regexp_match(kne_change_svg(:e), 'x="426" y="70" text-anchor="end" xml:space="preserve"> B[^<]*</text>[^\n]*fill="#555">([0-9.]+)') m;
 SELECT kne_revert(:e);
 DROP TABLE mark;

@@ -64,6 +64,18 @@ like(example('questions.sql', 'day=now'), qr/bob/, 'with answers');
 is(q1("BEGIN; SELECT kne_revert_all(array_agg(edit_id)) FROM kne_diff(kne_tag_time('v1')) WHERE change = 'added';
        SELECT kne_logprob('The capital of Italy is', 'Madrid'); ROLLBACK") =~ s/^\d+\n//r, $before, 'back to a tag, bit for bit');
 
+# the short forms for psql
+for my $call (':edits', ':work', ':health', ":ask 'The capital of France is');", ":next 'The capital of France is');", "\\set edit $id\n:history", "\\set edit $id\n:picture",
+	':sizes', ':unknown')
+{
+	my $cmd = "\\i $home/examples/psqlrc\n\\cd " . $node->basedir . "\n$call\n";
+
+	IPC::Run::run(['psql', '-X', '-q', '-A', '-t', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres')], '<', \$cmd, '>', \$out, '2>', \$err);
+	is($err, '', "$call runs");
+	isnt($out, '', 'and says something') unless $call =~ /picture|unknown/;
+}
+like(slurp_file($node->basedir . '/edit.svg'), qr/<svg.*<\/svg>/s, 'a picture is written');
+
 # redo of an edit that has others on top of it: in a transaction that is rolled back
 is(q1("BEGIN; SELECT kne_revert_all(array_agg(edit_id)) FROM kne.edit_request WHERE edit_id >= $tracked AND state = 'applied';
        SELECT bool_and(same) FROM kne_redo($tracked); ROLLBACK") =~ s/^\d+\n//r, 't', 'done again, the same rows');
