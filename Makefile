@@ -8,19 +8,22 @@
 #   make kernels   the GPU backend alone (make builds it too, where there is an nvcc)
 #   make gpu-check checks that against the CPU on a GPU, and measures it; needs nvcc, gcc and a GPU, nothing else
 #   make torture   half an hour of kills and of everybody at once
+#   make lint      clang-tidy and cppcheck over src/ and extension/
+#   make check-sanitizers   the engine's and the server's tests under ASan and UBSan, and some under valgrind
+#   make coverage  which lines of src/ and extension/ the tests run
 #   make eval      quality alone: methods compared on the same edits (KNE_EVAL=full: hours)
 #
 # demo, test and bench install what is missing (as root; otherwise they say what to install),
 # so they must work before there is a pg_config: they stand apart from PGXS.
 
 PG_CONFIG ?= pg_config
-APART = demo test torture bench shell eval setup engine engine-tests engine-bench kernels gpu-check clean-engine
+APART = demo test torture lint check-sanitizers coverage bench shell eval setup engine engine-tests engine-bench kernels gpu-check clean-engine
 
 ifneq ($(filter $(APART),$(MAKECMDGOALS)),)
 
 include src/engine.mk
 
-demo test torture bench shell eval setup:
+demo test torture lint check-sanitizers coverage bench shell eval setup:
 	@test/run.sh $@
 
 clean-engine:

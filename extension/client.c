@@ -275,11 +275,9 @@ receive_all(void *data, size_t n)
             n -= done;
             CHECK_FOR_INTERRUPTS();
         }
-        else if (done == 0)
-            return false;
-        else if (errno == EAGAIN || errno == EWOULDBLOCK)
+        else if (done < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
             wait_for(WL_SOCKET_READABLE);
-        else if (errno != EINTR)
+        else if (done == 0 || errno != EINTR)
             return false;
     }
     return true;

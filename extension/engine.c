@@ -510,12 +510,10 @@ kne_engine_reconfigure(void)
     bool changed = run_device == NULL || strcmp(run_device, kne_device) != 0 || run_threads != kne_cpu_threads;
 
     /* Whatever it refused may have been put right outside: a driver, a library. */
-    if (kne_shared->engine_state == KNE_ENGINE_REFUSED)
+    if (kne_shared->engine_state == KNE_ENGINE_REFUSED || (changed && engine_pid == 0))
         set_state(KNE_ENGINE_STOPPED, "");
-    else if (changed && engine_pid != 0)
-        request_stop();
     else if (changed)
-        set_state(KNE_ENGINE_STOPPED, "");
+        request_stop();
 }
 
 void

@@ -84,8 +84,11 @@ typedef struct KneShared
 
 extern KneShared *kne_shared; /* NULL when kne is not in shared_preload_libraries */
 
-/* ERROR 55000 with the shared_preload_libraries hint when kne_shared is NULL. */
+/* ERROR 55000 with the shared_preload_libraries hint when kne_shared is NULL, or what kne_require_version says. */
 extern void kne_require_preload(void);
+
+/* ERROR 55000 when the objects of this database are of a later version than this library (version.c). */
+extern void kne_require_version(void);
 
 /* Wake this database's worker when (and only if) the current transaction commits. */
 extern void kne_wake_at_commit(void);

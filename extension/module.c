@@ -183,6 +183,7 @@ kne_require_preload(void)
                  errmsg("kne is not loaded at server start"),
                  errdetail("Its launcher, workers and engine run only then."),
                  errhint("Set shared_preload_libraries = 'kne' in postgresql.conf and restart the server.")));
+    kne_require_version();
 }
 
 int

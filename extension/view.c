@@ -139,7 +139,7 @@ typedef struct SnapshotKey
     TransactionId xmin, xmax;
     uint32 xcnt;
     int32 subxcnt;
-    bool suboverflowed, recovery;
+    uint32 suboverflowed, recovery; /* no bool: without padding it can be compared whole */
 } SnapshotKey;
 
 static struct
@@ -157,7 +157,6 @@ key_of(Snapshot s)
 {
     SnapshotKey k;
 
-    memset(&k, 0, sizeof k); /* compared with memcmp */
     k.lxid = KNE_LXID;
     k.subid = GetCurrentSubTransactionId();
     k.curcid = s->curcid;

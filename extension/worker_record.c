@@ -526,9 +526,7 @@ settle_unit(KneBatch *batch)
     {
         const KneJob *job = &batch->job[i];
 
-        if (job->verdict == KNE_FAIL && (!worst || worst->verdict != KNE_FAIL))
-            worst = job;
-        else if (job->verdict == KNE_REQUEUE && !worst)
+        if ((job->verdict == KNE_FAIL && (!worst || worst->verdict != KNE_FAIL)) || (job->verdict == KNE_REQUEUE && !worst))
             worst = job;
     }
     if (!worst)

@@ -106,6 +106,7 @@ kne_extension_present(void)
 
     if (kne_sql(sql, 0, NULL, NULL, NULL) == 0)
         return false;
+    kne_require_version();
     owner = (Oid) kne_sql_int8(0, 1);
     SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
     return true;

@@ -38,9 +38,13 @@ typedef struct kne_err
     char       hint[512];
 } kne_err;
 
-/* Fill *err (may be NULL) and return code. Clears detail and hint. */
-kne_status kne_error(kne_err *err, kne_status code, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
+/* Fill *err (may be NULL) and return code. Clears detail and hint. A macro, so that whoever checks the caller sees what it returns. */
+#define kne_error(err, code, ...)               \
+    ({                                          \
+        kne_error_set(err, code, __VA_ARGS__);  \
+        (code);                                 \
+    })
+void kne_error_set(kne_err *err, kne_status code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 void kne_error_detail(kne_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void kne_error_hint(kne_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

@@ -34,7 +34,7 @@ open_cuda(int device, kne_backend **out, kne_err *err)
     if (!dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL))
         return kne_error(err, KNE_ERR_DEVICE, "there is no NVIDIA driver here (libcuda.so.1)");
     program_folder(path, sizeof path - sizeof "kne_cuda.so");
-    strcat(path, "kne_cuda.so");
+    memcpy(path + strlen(path), "kne_cuda.so", sizeof "kne_cuda.so");
     if (access(path, F_OK) != 0)
         return kne_error(err, KNE_ERR_DEVICE, "kne was built without its GPU backend (%s)", path);
     lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);

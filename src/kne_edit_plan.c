@@ -19,7 +19,7 @@ keep_tokens(kne_arena *arena, const kne_ids *ids, int32_t n_prompt, kne_tokens *
 {
     int32_t *id = kne_arena_take(arena, (size_t) ids->n, sizeof *id);
 
-    if (id)
+    if (id && out) /* neither while it is counted */
     {
         memcpy(id, ids->id, (size_t) ids->n * sizeof *id);
         *out = (kne_tokens) {id, ids->n, n_prompt};

@@ -136,7 +136,7 @@ reached(const batch *b, const edit *e, int32_t out)
 {
     for (int32_t p = 0; p < e->spec->n_prompts; p++)
         for (int32_t j = e->prompt[p].n_prompt; j < e->prompt[p].n; j++, out++)
-            if (b->best[out] != b->pack.target[out] || !(exp(b->logp[out]) >= b->opt.probability)) /* NaN is no answer */
+            if (b->best[out] != b->pack.target[out] || !(exp((double) b->logp[out]) >= b->opt.probability)) /* NaN is no answer */
                 return false;
     return true;
 }

@@ -6,20 +6,18 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-kne_status
-kne_error(kne_err *err, kne_status code, const char *fmt, ...)
+void
+kne_error_set(kne_err *err, kne_status code, const char *fmt, ...)
 {
-    if (err)
-    {
-        va_list ap;
+    va_list ap;
 
-        err->code = code;
-        err->detail[0] = err->hint[0] = '\0';
-        va_start(ap, fmt);
-        vsnprintf(err->msg, sizeof err->msg, fmt, ap);
-        va_end(ap);
-    }
-    return code;
+    if (!err)
+        return;
+    err->code = code;
+    err->detail[0] = err->hint[0] = '\0';
+    va_start(ap, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, ap);
+    va_end(ap);
 }
 
 void

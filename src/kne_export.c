@@ -122,7 +122,7 @@ make_patches(exporter *x, const kne_view *view)
     kne_row_ref *refs = kne_row_refs(view->n_edits, view->delta, &n);
     kne_status   st = KNE_OK;
 
-    x->patch = malloc((size_t) x->m->arch.n_layers * 3 * sizeof *x->patch);
+    x->patch = calloc((size_t) x->m->arch.n_layers * 3, sizeof *x->patch);
     if (!refs || !x->patch)
         st = no_memory(x);
     for (size_t from = 0, to; from < n && st == KNE_OK; from = to)
@@ -160,7 +160,7 @@ checksums(exporter *x)
 
         for (int k = 0; k < KNE_DIGEST_LEN; k++)
             snprintf(hex + 2 * k, 3, "%02x", f->sha256[k]);
-        strcpy(hex + 2 * KNE_DIGEST_LEN, "  ");
+        memcpy(hex + 2 * KNE_DIGEST_LEN, "  ", 3);
         KNE_TRY(kne_outdir_put(x->o, hex, sizeof hex - 1, x->err));
         KNE_TRY(kne_outdir_put(x->o, f->name, strlen(f->name), x->err));
         KNE_TRY(kne_outdir_put(x->o, "\n", 1, x->err));
@@ -539,7 +539,7 @@ peft(exporter *x)
     if (st == KNE_OK)
         st = kne_arch_parse(config, len, &arch, &list, x->err);
     free(config);
-    if (st == KNE_OK && !(mod = malloc((size_t) x->n_patches * sizeof *mod)))
+    if (st == KNE_OK && !(mod = calloc((size_t) x->n_patches + 1, sizeof *mod)))
         st = no_memory(x);
     if (st == KNE_OK)
         st = make_modules(x, &list, mod, &n);

@@ -63,7 +63,7 @@ max_edits(const kne_model *m, const kne_overlay *ov)
 static int32_t
 sample(const float *logp, int32_t n, int32_t top_k, uint64_t *state)
 {
-    int32_t best[KNE_MAX_TOP_K], size = 0;
+    int32_t best[KNE_MAX_TOP_K] = {0}, size = 0;
     double  total = 0, at;
 
     for (int32_t id = 0; id < n; id++)

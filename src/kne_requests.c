@@ -383,7 +383,7 @@ next_tokens(kne_call *c, kne_err *err)
     st = kne_encode_prompt(c, prompt, &ids, err);
     if (st == KNE_OK)
         st = one_pass(c, &ids, &w, err);
-    best = malloc((size_t) k * sizeof *best + 1);
+    best = calloc((size_t) k + 1, sizeof *best);
     logp = malloc((size_t) m->arch.vocab_size * sizeof *logp + 1);
     if (st == KNE_OK && (!best || !logp))
         st = kne_error(err, KNE_ERR_NOMEM, "out of memory");

@@ -48,7 +48,7 @@ kne_quote(const char *text)
     kne_quoted q;
     size_t     n = 0;
 
-    for (; text[n] && n < sizeof q.s - 4; n++)
+    for (; n < sizeof q.s - 4 && text[n]; n++)
         q.s[n] = text[n] >= 0x20 && text[n] < 0x7f ? text[n] : '?';
     if (text[n])
         n += (size_t) (stpcpy(q.s + n, "...") - (q.s + n));
@@ -197,7 +197,7 @@ read_entry(const cJSON *j, const char *label, size_t data_len, kne_tensor *t, in
                              kne_quote(c->string).s);
         *slot = c;
     }
-    if (!cJSON_IsString(dtype) || !cJSON_IsArray(shape) || !cJSON_IsArray(offsets))
+    if (!dtype || !cJSON_IsString(dtype) || !cJSON_IsArray(shape) || !offsets || !cJSON_IsArray(offsets))
         return kne_error(err, KNE_ERR_FORMAT, "%s: tensor %s lacks dtype, shape or data_offsets",
                          label, kne_quote(name).s);
 

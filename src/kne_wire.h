@@ -67,7 +67,7 @@ kne_put(kne_wbuf *w, const void *data, size_t n)
     static inline type kne_get_##name(kne_rbuf *r)                                             \
     {                                                                                          \
         type v = 0;                                                                            \
-        if (r->bad || r->len - r->at < sizeof v)                                               \
+        if (r->bad || !r->p || r->len - r->at < sizeof v)                                      \
             r->bad = true;                                                                     \
         else                                                                                   \
         {                                                                                      \

@@ -88,5 +88,24 @@ for my $old (@older)
 	$node->safe_psql($db, 'DROP EXTENSION kne CASCADE');
 }
 
+# objects of a version that this library is older than: as after an upgrade, before the restart
+my $later = '99.0';
+my ($err, $id);
+kne_enable($node, 0);
+$id = kne_edit($node, 'Spain', 'Paris', 'fresh') if $node->safe_psql('fresh', "SELECT kne_load_model('m', '" . KneTest::model() . "')");
+$node->safe_psql('fresh', "UPDATE pg_extension SET extversion = '$later' WHERE extname = 'kne'");
+kne_enable($node, 1);
+for my $call ("kne_complete('x')", "kne_edit('a', 'b', 'c')", 'kne_consolidate()', "kne_wait($id)")
+{
+	isnt($node->psql('fresh', "SELECT $call", stderr => \$err), 0, "$call: refused by an older library");
+	like($err, qr/library of kne is older.*version \Q$later\E.*restart the server/s, 'with the versions and what to do');
+}
+isnt($node->psql('fresh', "INSERT INTO kne.edit_request (subject, relation, object) VALUES ('a', 'b', 'c')", stderr => \$err), 0, 'an INSERT too');
+like($err, qr/library of kne is older/, 'for the same reason');
+ok(wait_for(sub { slurp_file($node->logfile) =~ /library of kne is older/ }), 'the worker says it in the log');
+is(kne_state($node, $id, 'fresh'), 'pending:0:0', 'and touches nothing');
+$node->safe_psql('fresh', "UPDATE pg_extension SET extversion = '$current' WHERE extname = 'kne'");
+is($node->safe_psql('fresh', "SELECT kne_wait($id)"), 'applied', 'where they fit again, it goes on');
+
 $node->stop;
 done_testing();

@@ -13,6 +13,7 @@ check() {
 version=$(sed -n "s/^default_version *= *'\(.*\)'/\1/p" kne.control)
 check "a full install script of the default version" "$(ls extension/kne--$version.sql)" "extension/kne--$version.sql"
 check "META.json's version" "$(sed -n 's/^ *"version": "\([0-9.]*\)".*/\1/p' META.json | head -1)" "$version.0"
+check "the library's version" "$(sed -n 's/^#define KNE_ENGINE_VERSION "\(.*\)"/\1/p' src/kne_protocol.h)" "$version.0"
 check "the changelog's newest version" "$(sed -n 's/^## \([0-9.]*\).*/\1/p' CHANGELOG.md | head -1)" "$version"
 check "no CREATE OR REPLACE, no IF NOT EXISTS in install scripts" \
       "$(ls extension/kne--*.sql | grep -v -- '--.*--' | xargs cat | grep -ciE 'create or replace|if not exists')" 0

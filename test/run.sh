@@ -1,12 +1,12 @@
 #!/bin/bash
-# run.sh demo|test|torture|bench|shell|eval|setup - sets up a private PostgreSQL with kne in it and runs what was asked.
+# run.sh demo|test|torture|check-sanitizers|coverage|bench|shell|eval|lint|setup - sets up a private PostgreSQL with kne in it and runs what was asked.
 #
 # Everything happens under one temporary folder: a copy of PostgreSQL's bin, lib and share trees (a
 # copied server finds its own share folder), kne installed into the copy, a copy of the clone and of the model, a cluster on
 # a Unix socket there. Nothing is written to system folders but packages, and nothing is left running.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?demo, test, torture, bench, shell, eval or setup}
+what=${1:?demo, test, torture, check-sanitizers, coverage, bench, shell, eval, lint or setup}
 clone=$PWD
 
 packages="gcc make libc6-dev perl postgresql postgresql-server-dev-all libpcre2-dev libutf8proc-dev libcjson-dev libssl-dev libipc-run-perl"
@@ -68,8 +68,28 @@ install_fuzzer() {
         apt-get install -y -qq --no-install-recommends clang-$n libclang-common-$n-dev >/dev/null 2>&1 || true
 }
 
+# install_tools PROGRAM...: programs that only some checks need, each in the package of its name
+install_tools() {
+    local t missing=
+    for t in "$@"; do
+        command -v $t >/dev/null || missing="$missing $t"
+    done
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" != 0 ]; then
+        echo "Something is missing. As root: apt-get install -y --no-install-recommends$missing" >&2
+        exit 1
+    fi
+    say "installing$missing"
+    apt-get update -qq || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+}
+
 install_missing
-[ "$what" != test ] || install_fuzzer
+case $what in
+    test) install_fuzzer ;;
+    lint) install_tools clang-tidy cppcheck ;;
+    check-sanitizers) install_tools valgrind ;;
+esac
 pgver=$(find_pg)
 say "PostgreSQL $pgver, $(gcc -dumpfullversion 2>/dev/null | sed 's/^/gcc /')"
 
@@ -81,6 +101,19 @@ if [ "$what" = eval ]; then # needs no server
     make -s -j"$(nproc)" -f src/engine.mk BUILD=build build/bench_eval
     exec bench/run_eval.sh
 fi
+
+if [ "$what" = lint ]; then # nor does this
+    exec test/lint.sh "/usr/include/postgresql/$pgver/server"
+fi
+
+# What is not built for use is built in the copy, whole, without the kernels: in the clone nothing of it is left.
+case $what in
+    check-sanitizers)
+        export ENGINE_EXTRA="-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        export COPT=$ENGINE_EXTRA NVCC= ;;
+    coverage) export ENGINE_EXTRA="-O1 --coverage" COPT="-O1 --coverage" NVCC= ;;
+esac
+fresh=${COPT:+yes}
 
 # ---- the temporary folder, and who works in it ----
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/kne.XXXXXX")
@@ -113,7 +146,7 @@ trap 'exit 130' INT TERM
 
 say "building"
 export CUDA_ARCHS="${CUDA_ARCHS:-75}" # enough to see that the kernels compile; `make` builds for every chip
-make -s -j"$(nproc)" -f src/engine.mk BUILD=build engine $([ "$what" = test ] && echo engine-tests kernels)
+[ -n "$fresh" ] || make -s -j"$(nproc)" -f src/engine.mk BUILD=build engine $([ "$what" = test ] && echo engine-tests kernels)
 [ "$what" != bench ] || make -s -j"$(nproc)" -f src/engine.mk BUILD=build engine-bench
 
 say "a private PostgreSQL in $tmp"
@@ -123,7 +156,7 @@ cp -rL /usr/share/postgresql/$pgver "$tmp/pg/share/postgresql/"
 ln -s /usr/include "$tmp/pg/include"
 # the clone, without its history; build/ travels so that nothing is compiled twice
 mkdir "$tmp/src"
-tar -C "$clone" --exclude=.git --exclude=tmp_check --exclude=results -cf - . | tar -C "$tmp/src" -xf -
+tar -C "$clone" --exclude=.git --exclude=tmp_check --exclude=results ${fresh:+--exclude=./build --exclude=*.o --exclude=*.so} -cf - . | tar -C "$tmp/src" -xf -
 mkdir "$tmp/models" "$tmp/small"
 # A disk that can be filled, where this user may mount one; tests that need it are skipped elsewhere.
 if [ "$what" != demo ] && [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=64m,mode=777 tmpfs "$tmp/small" 2>/dev/null; then
@@ -135,7 +168,7 @@ chmod 755 "$tmp"
 if [ "$(id -u)" = 0 ]; then
     chown -R postgres "$tmp"
 fi
-as make -s -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" all install >"$tmp/install.log" 2>&1 ||
+as make -s ${fresh:+-j"$(nproc)"} -C "$tmp/src" PG_CONFIG="$pg/bin/pg_config" all install >"$tmp/install.log" 2>&1 ||
     { cat "$tmp/install.log" >&2; exit 1; }
 
 start_server() {
