@@ -110,7 +110,7 @@ fi
 case $what in
     check-sanitizers)
         export ENGINE_EXTRA="-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-        export COPT=$ENGINE_EXTRA NVCC= ;;
+        export COPT="-O1 -fsanitize=undefined -fno-sanitize-recover=undefined" NVCC= ;;
     coverage) export ENGINE_EXTRA="-O1 --coverage" COPT="-O1 --coverage" NVCC= ;;
 esac
 fresh=${COPT:+yes}
