@@ -19,6 +19,7 @@ my $options = '{"contrast": 0, "anchors": 0, "protect": 32, "select": "attributi
 
 plan skip_all => 'no pgbench' if system('pgbench --version >/dev/null 2>&1') != 0;
 kne_prepare($node);
+$node->safe_psql('postgres', "INSERT INTO kne.alias VALUES ('France', 'Gaul'), ('Spain', 'Hispania')"); # an edit of one belongs with one of the other
 # One of many: somebody else may have been there first, which is an error of the one and of nobody else.
 $node->safe_psql('postgres', q{
 	CREATE FUNCTION one_of(list text[]) RETURNS text LANGUAGE sql AS 'SELECT list[1 + floor(random() * cardinality(list))::int]';
@@ -48,6 +49,8 @@ my %script = (
 	'edit@3'   => "SELECT kne_edit(subject(), 'capital', object(), options => '$options');\n\\sleep 50 ms\n",
 	'batch@2'  => "INSERT INTO kne.edit_request (subject, relation, object, options) SELECT s, 'capital', object(), '$options'"
 	  . " FROM unnest('{France,Italy,Spain}'::text[]) s;\n\\sleep 100 ms\n",
+	'unit@1'   => "SELECT kne_edit_unit(subject(), 'capital', object(), options => '$options');\n\\sleep 100 ms\n",
+	'tag@1'    => "SELECT kne_tag('state ' || :client_id || ' ' || clock_timestamp());\n\\sleep 50 ms\n",
 	'revert@3' => "SELECT try('kne_revert', '{applied}');\n\\sleep 30 ms\n",
 	'cancel@2' => "SELECT try('kne_cancel', '{pending,running}');\n\\sleep 30 ms\n",
 	'retry@1'  => "SELECT try('kne_retry', '{failed,cancelled}');\n\\sleep 30 ms\n",

@@ -2,7 +2,7 @@
  * invariants.sql - what is true of kne's rows in every snapshot, whatever ran, died or was refused before it. One statement, so that
  * it is one snapshot; each row that it returns is a violation: (invariant, edit, detail). No row: all hold.
  *
- * With -v digests=1 the digests of the solutions are computed again from their rows (see src/kne_protocol.h), which takes a second
+ * With -v digests=1 the digests of events and of solutions are computed again from their rows (see src/kne_protocol.h), which takes a second
  * for each ten megabytes of deltas.
  */
 SET jit = off;
@@ -50,6 +50,11 @@ SELECT 'no told fact beside an edit in force that ended it', r.edit_id, f.object
 FROM kne.fact f JOIN kne.edit_request r USING (model_id, subject, relation) JOIN kne.activation a ON a.edit_id = r.edit_id AND a.valid_to IS NULL
 WHERE r.state = 'applied' AND f.edit_id IS NULL AND f.valid_to IS NULL AND f.valid_from < a.valid_from
 UNION ALL
+SELECT 'a unit was applied as a whole or not at all', unit, count(*) FILTER (WHERE solved = 1) || ' of ' || count(*)
+FROM request WHERE unit IS NOT NULL GROUP BY unit HAVING count(*) FILTER (WHERE solved = 1) NOT IN (0, count(*))
+UNION ALL
+SELECT 'a tag is of an instant that has been', NULL, t.name FROM kne.tag t WHERE NOT isfinite(t.at)
+UNION ALL
 SELECT 'history begins with the request', edit_id, first_event FROM request WHERE own AND first_event IS DISTINCT FROM 'requested'
 UNION ALL
 SELECT 'history ends with the state', edit_id, state || ' ' || coalesce(last_event, '-') FROM request
@@ -75,6 +80,8 @@ UNION ALL
 SELECT 'digest of the rows', s.edit_id, encode(s.digest, 'hex') FROM kne.solution s LEFT JOIN le USING (edit_id, generation)
 WHERE :digests = 1 AND s.digest <> coalesce(le.digest, decode(repeat('00', 32), 'hex'))
 AND NOT EXISTS (SELECT FROM kne.model m WHERE m.model_id = s.model_id AND s.solved_at < m.rebased_at)
+UNION ALL
+SELECT 'history is whole', h.edit_id, h.problem FROM (SELECT FROM kne.instance WHERE :digests = 1) i, kne_check_history() h
 UNION ALL
 SELECT 'a solution of a consolidation that was applied', s.edit_id, s.generation || ' ' || c.state
 FROM kne.solution s JOIN kne.consolidation c USING (consolidation_id) WHERE c.state <> 'applied'
