@@ -23,14 +23,14 @@ everything='"max_neurons":16777216,"max_bytes":1073741824'
 methods() {
     cat <<LIST
 kne {}
-paper's, plain {"select":"attribution","score":"p","fraction":0.01,"contrast":0,"anchors":0,"step":"adam","lr":0.003}
-FT-M: one layer {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.001,"anchors":0,$everything}
+paper's, plain {"select":"attribution","score":"p","fraction":0.01,"contrast":0,"anchors":0,"step":"adam","lr":0.001}
+FT-M: one layer {"select":"all","layer_min":0,"layer_max":0,"step":"adam","lr":0.0003,"anchors":0,$everything}
 all value vectors {"select":"all","lr":0.003,$everything}
 random neurons {"select":"random"}
 by attribution with contrast {"select":"attribution"}
 by attribution without contrast {"select":"attribution","contrast":0}
 without anchors {"anchors":0}
-without protected step {"step":"adam","lr":0.003}
+without protected step {"step":"adam","lr":0.001}
 without phrasings {"phrasings":0}
 LIST
 }
