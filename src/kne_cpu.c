@@ -81,12 +81,13 @@ gemm_run(kne_cpu *cpu, const kne_gemm *g, gemm_kernel kernel, int64_t out, int64
 }
 
 static void
-gemm_nt(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
+gemm_nt(kne_cpu *cpu, kne_gemm *g, int64_t out, int64_t n)
 {
     /* rows of x of a block stay in half of a second-level cache while rows of W pass by */
     int64_t r_max = 512 * 1024 / (int64_t) sizeof(float) / (g->k > 0 ? g->k : 1);
 
-    if (n >= KNE_TURN_MIN) /* few blocks of rows, of equal size, since each turns W again */
+    g->turn = n >= cpu->turn_min;
+    if (g->turn) /* few blocks of rows, of equal size, since each turns W again */
     {
         int64_t blocks = (n + 255) / 256;
 
@@ -218,7 +219,19 @@ isa_avx512(void)
 }
 #endif
 
-/* Best first. There is no avx512bf16 row: its products round activations to bfloat16. */
+/* Turning W pays on Intel from 96 rows on and costs a fifth on AMD (docs/cpu.md). */
+static int64_t
+turn_min(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("intel"))
+        return 96;
+#endif
+    return INT64_MAX;
+}
+
+/* Best first. There is no avx512bf16 row: its products round activations to bfloat16 (docs/cpu.md). */
 static const isa_row isa_table[] = {
 #if defined(__x86_64__)
     {"avx512", "AVX-512", isa_avx512, &kne_gemm_avx512, kne_ops_fill_avx512},
@@ -263,6 +276,7 @@ kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *
     }
     cpu->scratch = (char *) (((uintptr_t) cpu->scratch_raw + 63) & ~(uintptr_t) 63);
     cpu->gemm = row->gemm;
+    cpu->turn_min = turn_min();
     snprintf(cpu->name, sizeof(cpu->name), "cpu: %s, %d thread%s", row->shown, cpu->n_threads,
              cpu->n_threads == 1 ? "" : "s");
     cpu->be.name = cpu->name;

@@ -13,7 +13,6 @@
 
 /* Scratch of one thread: a fixed size, so no op ever allocates. */
 #define KNE_CPU_SCRATCH ((size_t) 704 * 1024)
-#define KNE_TURN_MIN 96 /* rows from which on kernel nt turns W into panels; a matter of speed alone */
 
 /*
  * One product y[n, out] = beta y + x[n, k] op(W) (+ bias).
@@ -31,6 +30,7 @@ typedef struct kne_gemm
     const float *bias;
     float        beta;
     int64_t      k;
+    bool         turn; /* nt: W is turned into panels; a matter of speed alone */
 } kne_gemm;
 
 typedef struct kne_gemm_kernels
@@ -47,6 +47,7 @@ typedef struct kne_cpu
     kne_pool               *pool;
     int                     n_threads;
     const kne_gemm_kernels *gemm;
+    int64_t                 turn_min; /* rows from which on kernel nt turns W */
     char                   *scratch; /* n_threads x KNE_CPU_SCRATCH */
     void                   *scratch_raw;
     char                    name[64];

@@ -439,7 +439,7 @@ nt_turned(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, flo
 static void
 nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    if (r1 - r0 >= KNE_TURN_MIN && g->k > 0)
+    if (g->turn && g->k > 0)
         nt_turned(g, o0, o1, r0, r1, scratch);
     else if (g->type == KNE_BF16)
         nt_block(g, KNE_BF16, o0, o1, r0, r1);

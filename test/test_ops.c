@@ -376,6 +376,11 @@ main(void)
             skip(isa, "not on this machine");
             continue;
         }
+        { /* three threads take the other way with many rows */
+            kne_cpu *cpu = be3->ctx;
+
+            cpu->turn_min = cpu->turn_min == 96 ? INT64_MAX : 96;
+        }
         for (size_t c = 0; c < sizeof(linear_cases) / sizeof(linear_cases[0]); c++)
         {
             test_product(&linear_cases[c], false);
