@@ -174,6 +174,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
     pass          p = {.m = m, .be = be};
     kne_arena     arena = {0}, dev = {0};
     int64_t       total = 0, done = 0;
+    const int32_t most = kne_pass_rows(m, PASS_ROWS);
     int32_t       rows = 1, k = 0;
     kne_status    st = KNE_OK;
 
@@ -189,7 +190,7 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
         return KNE_OK;
     /* no more than is needed, no more than one pass should take */
     int64_t need = total * rows;
-    rows = rows > PASS_ROWS ? rows : need < PASS_ROWS ? (int32_t) need : PASS_ROWS;
+    rows = rows > most ? rows : need < most ? (int32_t) need : most;
     int64_t slots = (int64_t) (SLOT_BYTES / (score_len(&p) * sizeof(float)));
     slots = slots > 16 ? slots : 16;
     slots = slots < total / turns ? slots : total / turns;

@@ -81,6 +81,7 @@ static void
 layout(batch *b)
 {
     const kne_arch *arch = &b->job->model->arch;
+    const int32_t   most = kne_pass_rows(b->job->model, PASS_ROWS);
     anchor_set     *a = &b->anchors;
     int32_t         rows = 1, outs = 1, total = a->n_rows, total_outs = a->n_outs, widest = a->widest > 1 ? a->widest : 1;
 
@@ -114,11 +115,11 @@ layout(batch *b)
         rows = t->n > rows ? t->n : rows;
         outs = t->n - t->n_prompt > outs ? t->n - t->n_prompt : outs;
     }
-    /* a pass holds whole edits and anchors: as many as PASS_ROWS takes, at least one */
-    if (rows < PASS_ROWS)
-        rows = total < PASS_ROWS ? (total > rows ? total : rows) : PASS_ROWS;
+    /* a pass holds whole edits and anchors: as many as its rows take, at least one */
+    if (rows < most)
+        rows = total < most ? (total > rows ? total : rows) : most;
     outs = outs > rows ? outs : total_outs < rows ? total_outs : rows;
-    int32_t places = total < 2 * PASS_ROWS ? total : 2 * PASS_ROWS;
+    int32_t places = total < 2 * most ? total : 2 * most;
 
     kne_pack_layout_shared(&b->pack, &b->run, rows, rows, outs, b->job->backend->fold_rows ? (places > rows ? places : rows) : 0);
     b->logp = kne_arena_take(&b->run, (size_t) outs, sizeof *b->logp);

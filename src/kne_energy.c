@@ -244,7 +244,8 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
         most = rows_of(&of[i]) > most ? rows_of(&of[i]) : most;
         total += rows_of(&of[i]);
     }
-    rows = most > PASS_ROWS ? most : total < PASS_ROWS ? total : PASS_ROWS;
+    rows = kne_pass_rows(m, PASS_ROWS);
+    rows = most > rows ? most : total < rows ? total : rows;
     rows = rows > 0 ? rows : 1;
     facts = SCORE_BYTES / (L * f * sizeof(float)) < 16 ? 16 : (int32_t) (SCORE_BYTES / (L * f * sizeof(float)));
     facts = facts < n ? facts : n;

@@ -93,6 +93,9 @@ kne_status kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out
 /* Likewise, for batches that share rows and have at most max_place places (0: none do). */
 kne_status kne_work_new_shared(const kne_model *m, kne_work_shape shape, int32_t max_place, kne_work **out, kne_err *err);
 void       kne_work_free(kne_work *w);
+/* Rows of a pass that keeps its layers: most; on a device no more than take KNE_PASS_BYTES, but 64. */
+#define KNE_PASS_BYTES 1.5e9
+int32_t    kne_pass_rows(const kne_model *m, int32_t most);
 
 /* The batch to the device, which kne_forward does otherwise; it fits the workspace. */
 void kne_batch_put(kne_backend *be, kne_work *w, kne_batch *b);

@@ -227,7 +227,7 @@ kne_refs(kne_ref_cache *c, const kne_model *m, kne_backend *be, const kne_tokens
     while ((c->n + (size_t) missing) * 2 > c->cap)
         KNE_TRY(rebuild(c, c->cap * 2, 0, err));
 
-    rows = rows > PASS_ROWS ? rows : PASS_ROWS;
+    rows = rows > kne_pass_rows(m, PASS_ROWS) ? rows : kne_pass_rows(m, PASS_ROWS);
     for (int turn = 0; turn < 2 && st == KNE_OK && missing; turn++)
     {
         kne_pack_layout(&pack, &arena, rows, rows, rows);

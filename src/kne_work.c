@@ -217,6 +217,19 @@ work_new(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_p
     return KNE_OK;
 }
 
+int32_t
+kne_pass_rows(const kne_model *m, int32_t most)
+{
+    const kne_arch *a = &m->arch;
+    const double    k = (double) a->n_heads * a->head_dim, kv = (double) a->n_kv_heads * a->head_dim;
+    const double    row = sizeof(float) * a->n_layers * (4.0 * a->d_model + 2 * k + 2 * kv + (a->gated ? 3.0 : 2.0) * a->d_ff);
+    const double    rows = KNE_PASS_BYTES / row;
+
+    if (!m->device || m->device->host || rows > most)
+        return most;
+    return rows < 64 ? 64 : (int32_t) rows;
+}
+
 kne_status
 kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err)
 {
