@@ -503,7 +503,7 @@ solve(state *s, const int *which, int n, bool shared, figures *f)
             printf("%.*s %.*s -> %.*s: outcome %d, %d steps, P %.3g -> %.3g, norm %.3g, was \"%s\" %s\n", (int) k->prompt[0].len,
                    k->prompt[0].p, (int) k->old.len, k->old.p, (int) k->object.len, k->object.p, o->outcome, o->steps,
                    o->p_before, o->p_after, o->norm, o->answer_before ? o->answer_before : "", o->message);
-        add(f, NEURONS, o->n_ensemble, o->delta || shared); /* the first of a batch has the shared delta of all */
+        add(f, NEURONS, o->delta ? o->n_ensemble : 0, o->delta || shared); /* the first of a batch has the shared delta of all */
         add(f, KIB, o->delta ? 4.0 * o->delta->n_rows * dev.model->arch.d_model / 1024 : 0, o->delta || shared);
         if (o->outcome == KNE_OUTCOME_APPLIED || o->outcome == KNE_OUTCOME_HOLDS)
             s->active[s->n_active++] = which[i];
