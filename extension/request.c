@@ -47,7 +47,7 @@ check_fact(const char *subject, const char *relation, const char *object)
     kne_check_text("subject", subject);
     kne_check_text("relation", relation);
     kne_check_text("object", object);
-    Assert(subject != NULL && relation != NULL);
+    Assert(subject != NULL && relation != NULL && object != NULL);
     if (strlen(subject) > MAX_KEY_BYTES || strlen(relation) > MAX_KEY_BYTES)
         ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
                         errmsg("%s is too long", strlen(subject) > MAX_KEY_BYTES ? "subject" : "relation"),

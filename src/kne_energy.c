@@ -78,7 +78,7 @@ gather_known(float *out, const kne_ref *const *ref, int32_t n_ref, int32_t l, in
                 memcpy(out + (size_t) at++ * (size_t) f, ref[i]->a + ((size_t) l * (size_t) ref[i]->n_rows + (size_t) t) * (size_t) f,
                        (size_t) f * sizeof *out);
     for (size_t i = 0; i < (size_t) R * (size_t) f; i++)
-        sum += (double) out[i] * out[i];
+        sum += (double) out[i] * out[i]; /* NOLINT(clang-analyzer-core.UndefinedBinaryOperatorResult): all R are set, there are not fewer rows */
     return sum;
 }
 
