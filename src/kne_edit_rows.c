@@ -197,7 +197,7 @@ number_rows(batch *b, int32_t *mark)
             }
         }
         u->layer[l] = (kne_overlay_layer) {.n = n - u->from[l], .neuron = u->dev_neuron + u->from[l]};
-        if (mine > a->from[l] && l < b->lowest)
+        if (b->lowest == L && mine > a->from[l])
             b->lowest = l;
     }
     u->from[L] = n;
