@@ -23,7 +23,10 @@ merge_edits(const kne_arch *arch, const edit *all, int32_t n, uint8_t *mark, kne
         prompts += all[i].spec->n_prompts;
         one->n_anchors += all[i].n_anchors;
         for (int32_t k = 0; all[i].state != EDIT_ENDED && k < all[i].n; k++)
-            one->n += !mark[all[i].index[k]]++;
+        {
+            one->n += !mark[all[i].index[k]];
+            mark[all[i].index[k]] = 1;
+        }
     }
     one->spec = spec;
     one->prompt = take((size_t) prompts, sizeof *one->prompt);

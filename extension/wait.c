@@ -2,8 +2,8 @@
  * wait.c - waiting for what the worker does: kne_wait for an edit, kne_wait_consolidation for a consolidation.
  *
  * Both look at a row again and again, each time with a snapshot of its own that is gone before they sleep, and hold
- * nothing in between. Who waits for longer than a second is told how far it is, less and less often. What would never end is an error at once: a row that this transaction has written or locked,
- * a request that nobody will run.
+ * nothing in between. Who waits for longer than a second is told how far it is, less and less often. What would never
+ * end is an error at once: a row that this transaction has written or locked, a request that nobody will run.
  */
 #include "kne_sql.h"
 

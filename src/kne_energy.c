@@ -234,6 +234,8 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
     const size_t             L = (size_t) m->arch.n_layers, f = (size_t) m->arch.d_ff;
     energy_pass              p = {.m = m, .be = be};
     struct kne_energy_known *known = kept ? *kept : NULL;
+    const bool               some = kne_metric_rows(ref, n_ref) > 0;
+    const uint64_t           key = known_key(ref, n_ref, ridge);
     kne_arena                arena = {0}, dev = {0};
     float                   *coef = NULL;
     int32_t                  rows = 1, most = 1, total = 0, facts;
@@ -249,18 +251,18 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
     rows = rows > 0 ? rows : 1;
     facts = SCORE_BYTES / (L * f * sizeof(float)) < 16 ? 16 : (int32_t) (SCORE_BYTES / (L * f * sizeof(float)));
     facts = facts < n ? facts : n;
-    if (kne_metric_rows(ref, n_ref) && !(known && known->key == known_key(ref, n_ref, ridge)))
+    if (some && !(known && known->key == key))
     {
         if (kept) /* its place on the device first */
         {
             kne_energy_known_free(known);
             *kept = NULL;
         }
-        KNE_TRY(known_new(m, be, ref, n_ref, ridge, known_key(ref, n_ref, ridge), &known, err));
+        KNE_TRY(known_new(m, be, ref, n_ref, ridge, key, &known, err));
         if (kept)
             *kept = known;
     }
-    p.known = kne_metric_rows(ref, n_ref) ? known : NULL;
+    p.known = some ? known : NULL;
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
         const size_t R = p.known ? (size_t) p.known->n_rows : 0, T = (size_t) rows, n_top = want ? (size_t) want->n : 0;
