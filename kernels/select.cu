@@ -1,7 +1,23 @@
 /*
- * select.cu - which neurons: the energy of a step in each, and the largest of a row of scores.
+ * select.cu - which neurons: the contrast of attribution, the energy of a step in each, and the largest of a row of scores.
  */
 #include "kne_cuda.h"
+
+/* y[k] = |sum over r of x[r, k]| / (mean[k] + floor): a thread a column, rows in order */
+static __global__ void
+contrast_kernel(float *y, const float *x, int64_t ld, int64_t rows, int64_t n, const float *mean, float floor, bool keep_sign)
+{
+    KNE_STRIDE(k, n)
+    {
+        float sum = 0;
+
+        for (int64_t r = 0; r < rows; r++)
+            sum += x[r * ld + k];
+        if (!keep_sign)
+            sum = fabsf(sum);
+        y[k] = mean ? sum / (mean[k] + floor) : sum;
+    }
+}
 
 /* score[e, c] = scale sum over rows i, j of e of z[i, c] k[i, j] a[j, c]; blocks (columns, e) */
 static __global__ void
@@ -118,6 +134,14 @@ top_kernel(int32_t *index, const float *score, int64_t ld, uint64_t *keys, int64
 }
 
 static void
+contrast(void *ctx, float *y, const float *x, int64_t ld, int64_t rows, int64_t n, const float *mean, float floor, bool keep_sign)
+{
+    if (n > 0)
+        KNE_LAUNCH((kne_cu *) ctx, contrast_kernel, kne_blocks(n, KNE_BLOCK), KNE_BLOCK, 0, y, x, ld, rows, n, mean, floor,
+                   keep_sign);
+}
+
+static void
 energy(void *ctx, float *score, int64_t ld, const float *z, const float *a, const float *k, const int32_t *row0, int64_t n,
        int64_t rows, int64_t f, float scale)
 {
@@ -137,6 +161,7 @@ top(void *ctx, int32_t *index, const float *score, int64_t ld, uint64_t *keys, i
 void
 kne_cu_fill_select(kne_backend *be)
 {
+    be->contrast = contrast;
     be->energy = energy;
     be->top = top;
 }

@@ -15,7 +15,6 @@
 #include <string.h>
 
 #define PASS_ROWS 512
-#define SLOT_BYTES ((size_t) 256 << 20) /* of the scores of one pass, on the device */
 
 void
 kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight)
@@ -55,7 +54,7 @@ kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight)
 /* One sequence of a pass. */
 typedef struct point
 {
-    int32_t slot;   /* whose score it adds to */
+    float  *score;  /* (L, f) of the device: what it adds to */
     int32_t layer;  /* the one scaled, -1: all */
     float   alpha, weight;
 } point;
@@ -66,35 +65,13 @@ typedef struct pass
     kne_backend     *be;
     kne_pack         pack;
     point           *point;   /* (max_seq) */
-    float          **slot;    /* (max_slots) the caller's scores that this pass adds to */
-    int32_t          n_slots, max_slots;
     float           *alpha, *weight; /* (L, max_n), (max_n) */
     float           *logp, *coef;
     /* of the device */
-    float           *sum;     /* (max_slots, L, f) */
     float           *dev_alpha, *dev_weight;
     const float    **alpha_at; /* (L) into dev_alpha */
     kne_work        *work;
 } pass;
-
-static size_t
-score_len(const pass *p)
-{
-    return (size_t) p->m->arch.n_layers * (size_t) p->m->arch.d_ff;
-}
-
-/* The slot of a score in this pass, -1: all are taken by others. */
-static int32_t
-slot_of(pass *p, float *score)
-{
-    for (int32_t i = p->n_slots - 1; i >= 0; i--)
-        if (p->slot[i] == score)
-            return i;
-    if (p->n_slots == p->max_slots)
-        return -1;
-    p->slot[p->n_slots] = score;
-    return p->n_slots++;
-}
 
 static void
 visit(void *ctx, const kne_ffn_grad *g)
@@ -109,8 +86,8 @@ visit(void *ctx, const kne_ffn_grad *g)
 
         if (pt->layer >= 0 && pt->layer != g->layer)
             continue;
-        p->be->score(p->be->ctx, p->sum + (size_t) pt->slot * score_len(p) + (size_t) g->layer * f,
-                     g->a + (size_t) s->q0 * f, g->u + (size_t) s->q0 * f, p->dev_weight + s->q0, s->q_len, f);
+        p->be->score(p->be->ctx, pt->score + (size_t) g->layer * f, g->a + (size_t) s->q0 * f, g->u + (size_t) s->q0 * f,
+                     p->dev_weight + s->q0, s->q_len, f);
     }
 }
 
@@ -148,12 +125,7 @@ flush(pass *p, const kne_view *view, const kne_options *opt, kne_err *err)
             p->coef[i] = expf(p->logp[i]);
     }
     kne_work_logprob(p->be, p->work, 0, n_out, V, p->pack.target, p->coef, NULL, NULL);
-    for (int32_t i = 0; i < p->n_slots; i++)
-        kne_device_put(p->be, p->sum + (size_t) i * score_len(p), p->slot[i], score_len(p) * sizeof *p->sum);
     KNE_TRY(kne_backward(p->m, p->be, p->work, &p->pack.b, ov, alpha, opt->layer_min, visit, p, err));
-    for (int32_t i = 0; i < p->n_slots; i++)
-        p->be->get(p->be->ctx, p->slot[i], p->sum + (size_t) i * score_len(p), score_len(p) * sizeof *p->sum);
-    p->n_slots = 0;
     kne_pack_clear(&p->pack);
     return p->be->status(p->be->ctx, err);
 }
@@ -191,20 +163,14 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
     /* no more than is needed, no more than one pass should take */
     int64_t need = total * rows;
     rows = rows > most ? rows : need < most ? (int32_t) need : most;
-    int64_t slots = (int64_t) (SLOT_BYTES / (score_len(&p) * sizeof(float)));
-    slots = slots > 16 ? slots : 16;
-    slots = slots < total / turns ? slots : total / turns;
-    p.max_slots = slots < rows ? (int32_t) slots : rows;
 
     for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
     {
         kne_pack_layout(&p.pack, &arena, rows, rows, rows);
         p.point = kne_arena_take(&arena, (size_t) rows, sizeof *p.point);
-        p.slot = kne_arena_take(&arena, (size_t) p.max_slots, sizeof *p.slot);
         p.alpha = kne_arena_take(&arena, (size_t) L * (size_t) rows, sizeof *p.alpha);
         p.alpha_at = kne_arena_take(&arena, (size_t) L, sizeof *p.alpha_at);
         p.weight = kne_arena_take(&arena, (size_t) rows, sizeof *p.weight);
-        p.sum = kne_arena_take(&dev, (size_t) p.max_slots, score_len(&p) * sizeof *p.sum);
         p.dev_alpha = kne_arena_take(&dev, (size_t) L * (size_t) rows, sizeof *p.dev_alpha);
         p.dev_weight = kne_arena_take(&dev, (size_t) rows, sizeof *p.dev_weight);
         p.logp = kne_arena_take(&arena, (size_t) rows, sizeof *p.logp);
@@ -223,10 +189,9 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
         for (int32_t j = fact[i].n_prompt; j < fact[i].n && st == KNE_OK; j++, k++)
             for (int32_t pt = 0; pt < turns && st == KNE_OK; pt++)
             {
-                int     q = pt % opt->points;
-                int32_t slot = slot_of(&p, score[k]);
+                const int q = pt % opt->points;
 
-                if (slot < 0 || !kne_pack_fits(&p.pack, j + 1, j))
+                if (!kne_pack_fits(&p.pack, j + 1, j))
                 {
                     if (calls && calls->progress)
                         calls->progress(calls->ctx, KNE_PHASE_ATTRIBUTE, (int) done, (int) total, 0, 0);
@@ -236,9 +201,8 @@ kne_attribute(const kne_model *m, kne_backend *be, const kne_view *view, const k
                         st = flush(&p, view, opt, err);
                     if (st != KNE_OK)
                         break;
-                    slot = slot_of(&p, score[k]);
                 }
-                p.point[p.pack.b.n_seq] = (point) {slot, low + pt / opt->points,
+                p.point[p.pack.b.n_seq] = (point) {score[k], low + pt / opt->points,
                                                    (float) node[q], (float) weight[q]};
                 kne_pack_add(&p.pack, fact[i].id, j + 1, j);
                 done++;
@@ -255,38 +219,4 @@ int32_t
 kne_ensemble_size(const kne_arch *arch, const kne_options *opt)
 {
     return kne_options_neurons(opt, arch->n_layers, arch->d_model, arch->d_ff, arch->gated);
-}
-
-kne_status
-kne_select_top(kne_backend *be, const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n, int32_t *index,
-               kne_err *err)
-{
-    const int32_t from = layer_min * f, to = (layer_max + 1) * f;
-    kne_arena     dev = {0};
-    kne_status    st = KNE_OK;
-    float        *there = NULL;
-    int32_t      *best = NULL;
-    uint64_t     *keys = NULL;
-
-    if (n > to - from)
-        return kne_error(err, KNE_ERR_INTERNAL, "ensemble larger than its layers");
-    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
-    {
-        there = kne_arena_take(&dev, (size_t) (to - from), sizeof *there);
-        best = kne_arena_take(&dev, (size_t) n, sizeof *best);
-        keys = kne_arena_take(&dev, (size_t) n, sizeof *keys);
-        if (turn == 0)
-            st = kne_device_commit(&dev, be, err);
-    }
-    if (st == KNE_OK)
-    {
-        kne_device_put(be, there, score + from, (size_t) (to - from) * sizeof *there);
-        be->top(be->ctx, best, there, to - from, keys, 1, to - from, n);
-        be->get(be->ctx, index, best, (size_t) n * sizeof *index);
-        st = be->status(be->ctx, err);
-    }
-    for (int32_t i = 0; i < n && st == KNE_OK; i++)
-        index[i] += from;
-    kne_device_free(&dev, be);
-    return st;
 }

@@ -31,7 +31,7 @@ kne_status kne_score_each(const kne_model *m, kne_backend *be, const kne_view *v
                           int (*yield)(void *), void *yield_ctx, kne_err *err);
 
 /*
- * Attr(l,k) of every object token: score[i] points at (L, f) floats, one for each object token of each fact
+ * Attr(l,k) of every object token: score[i] points at (L, f) floats of the device, one for each object token of each fact
  * in order, added to (so zero them first; the same pointer may be given several times to sum tokens).
  *   sum over the points of weight * <v, d score / d v at alpha v>,  v = value vector of neuron k of layer l.
  * Facts are packed into passes; yield is called between them.
@@ -42,13 +42,6 @@ kne_status kne_attribute(const kne_model *m, kne_backend *be, const kne_view *vi
 
 /* Nodes and weights on [0, 1]; one point is alpha = 1, weight 1 (gradient times weight). */
 void kne_quadrature_points(kne_quadrature rule, int n, double *node, double *weight);
-
-/*
- * The n neurons of layers [layer_min, layer_max] with the highest score (L, f), ties to the lower (layer, neuron).
- * index[i] = layer * f + neuron, highest score first. n is at most the number of candidates.
- */
-kne_status kne_select_top(kne_backend *be, const float *score, int32_t f, int32_t layer_min, int32_t layer_max, int32_t n,
-                          int32_t *index, kne_err *err);
 
 /* How many neurons the options ask for, at least 1. */
 int32_t kne_ensemble_size(const kne_arch *arch, const kne_options *opt);

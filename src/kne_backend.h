@@ -16,7 +16,7 @@
 
 #include "kne_model.h"
 
-#define KNE_BACKEND_ABI 2u /* grows when the table, or what it is given, changes */
+#define KNE_BACKEND_ABI 3u /* grows when the table, or what it is given, changes */
 
 /*
  * One sequence of a packed batch. Its queries are rows [q0, q0 + q_len); its keys
@@ -167,6 +167,9 @@ struct kne_backend
      * keys: scratch (rows, n) */
     void (*top)(void *ctx, int32_t *index, const float *score, int64_t ld, uint64_t *keys, int64_t rows, int64_t n_all,
                 int64_t n);
+    /* y[k] = |sum over rows r of x[r, k]|, rows ld apart; keep_sign: without the bars; over mean[k] + floor unless mean is NULL */
+    void (*contrast)(void *ctx, float *y, const float *x, int64_t ld, int64_t rows, int64_t n, const float *mean, float floor,
+                     bool keep_sign);
     /* score[e, f] (ld apart) = scale sum over rows i, j in [row0[e], row0[e + 1]) of z[i, :] k[i, j] a[j, :]; k [rows, rows] */
     void (*energy)(void *ctx, float *score, int64_t ld, const float *z, const float *a, const float *k,
                    const int32_t *row0, int64_t n, int64_t rows, int64_t f, float scale);

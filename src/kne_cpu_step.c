@@ -193,6 +193,21 @@ energy(void *ctx, float *score, int64_t ld, const float *z, const float *a, cons
 
 /* ---- the largest ---- */
 
+static void
+contrast(void *ctx, float *y, const float *x, int64_t ld, int64_t rows, int64_t n, const float *mean, float floor, bool keep_sign)
+{
+    for (int64_t k = 0; k < n; k++)
+    {
+        float sum = 0;
+
+        for (int64_t r = 0; r < rows; r++)
+            sum += x[r * ld + k];
+        if (!keep_sign)
+            sum = fabsf(sum);
+        y[k] = mean ? sum / (mean[k] + floor) : sum;
+    }
+}
+
 /* Does column a rank before b: higher score, then lower index. NaN ranks last. */
 static inline bool
 ranks_before(const float *score, int32_t a, int32_t b)
@@ -263,6 +278,7 @@ kne_cpu_fill_step(kne_backend *be)
     be->row_norms = row_norms;
     be->step = step;
     be->adam = adam;
+    be->contrast = contrast;
     be->energy = energy;
     be->top = top;
 }

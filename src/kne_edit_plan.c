@@ -276,68 +276,159 @@ typedef struct ranked
 } ranked;
 
 /*
- * The n best of one edit, from the scores of its object's tokens (tokens, L * f; NULL without attribution). score, order: scratch, (L * f)
- * and (n).
+ * What choosing needs, for as many tokens and edits at a time as SCORE_BYTES has room for. Scores of all neurons stay on the device;
+ * what comes back is n neurons an edit with their scores.
  */
-static kne_status
-rank(batch *b, const edit *e, float *const *token, const float *mean_ref, float mean_all, float *score, int32_t *order,
-     ranked *best, kne_err *err)
+typedef struct choice
+{
+    size_t    most;    /* rows of scores: tokens, and one an edit */
+    int32_t   n;       /* neurons of an ensemble */
+    kne_arena dev, host;
+    float    *score;   /* (most, L * f) those of the tokens, then one of each edit */
+    float    *mean;    /* (L * f) of the reference facts */
+    float    *row;     /* (L * f) of the host, by option random */
+    int32_t  *index;   /* (most, n) an edit a row */
+    uint64_t *keys;    /* (most, n) scratch */
+    float    *picked;  /* (most, n) scores of what is in index: as the rows of score */
+    int32_t  *host_index; /* again, on the host; layer * f + neuron */
+    float    *host_picked;
+} choice;
+
+/* Runs twice, first to count; every edit has an ensemble of n. */
+static void
+choice_layout(const batch *b, choice *c)
 {
     const kne_arch *arch = &b->job->model->arch;
-    const int32_t   f = arch->d_ff, s = e->out->n_tokens;
-    const size_t    len = (size_t) arch->n_layers * (size_t) f;
+    const size_t    len = (size_t) arch->n_layers * (size_t) arch->d_ff;
+    const bool      scores = b->opt.select != KNE_SELECT_ALL;
 
-    if (b->opt.select == KNE_SELECT_RANDOM)
-    {
-        uint64_t state = (uint64_t) b->opt.seed ^ (uint64_t) e->spec->edit_id * 0x9E3779B97F4A7C15ull;
-
-        for (size_t k = 0; k < len; k++)
-            score[k] = (float) (kne_random_next(&state) >> 40) * 0x1p-24f;
-    }
-    else if (b->opt.select == KNE_SELECT_ALL)
-        memset(score, 0, len * sizeof *score);
-    else
-        for (size_t k = 0; k < len; k++)
-        {
-            float sum = 0;
-
-            for (int32_t j = 0; j < s; j++)
-                sum += token[j][k];
-            if (!b->opt.signed_score)
-                sum = fabsf(sum);
-            if (mean_ref)
-                sum /= mean_ref[k] + (float) b->opt.contrast * mean_all;
-            score[k] = sum;
-        }
-    KNE_TRY(kne_select_top(b->job->backend, score, f, b->opt.layer_min, b->opt.layer_max, e->n, order, err));
-    for (int32_t i = 0; i < e->n; i++)
-        best[i] = (ranked) {order[i], score[order[i]]};
-    return KNE_OK;
+    c->score = kne_arena_take(&c->dev, scores ? c->most : 0, len * sizeof *c->score);
+    c->mean = kne_arena_take(&c->dev, b->opt.select == KNE_SELECT_ATTRIBUTION ? len : 0, sizeof *c->mean);
+    c->index = kne_arena_take(&c->dev, scores ? c->most : 0, (size_t) c->n * sizeof *c->index);
+    c->keys = kne_arena_take(&c->dev, scores ? c->most : 0, (size_t) c->n * sizeof *c->keys);
+    c->picked = kne_arena_take(&c->dev, scores ? c->most : 0, (size_t) c->n * sizeof *c->picked);
+    c->row = kne_arena_take(&c->host, b->opt.select == KNE_SELECT_RANDOM ? len : 0, sizeof *c->row);
+    c->host_index = kne_arena_take(&c->host, c->most, (size_t) c->n * sizeof *c->host_index);
+    c->host_picked = kne_arena_take(&c->host, c->most, (size_t) c->n * sizeof *c->host_picked);
 }
 
-/* best (n), highest first, becomes the ensemble. */
-static void
-keep_ensemble(batch *b, edit *e, float *const *token, const ranked *best)
+static kne_status
+choice_new(batch *b, choice *c, kne_err *err)
 {
     const kne_arch *arch = &b->job->model->arch;
-    const int32_t   f = arch->d_ff, s = e->out->n_tokens;
+    size_t          row, all = 0, widest = 0;
+    kne_status      st;
 
-    for (int32_t i = 0; i < e->n; i++)
-    {
-        float *ts = e->token_score + (size_t) i * (size_t) s;
+    for (int32_t i = 0; i < b->job->n_edits; i++)
+        if (b->edit[i].state != EDIT_ENDED)
+        {
+            const size_t rows = (size_t) b->edit[i].out->n_tokens + 1;
 
-        e->out->ensemble[i] = (kne_ensemble_row) {best[i].index / f, best[i].index % f, best[i].score, ts};
-        for (int32_t j = 0; j < s; j++)
-            ts[j] = token ? token[j][best[i].index] : 0;
-        e->index[i] = best[i].index;
-    }
-    qsort(e->index, (size_t) e->n, sizeof *e->index, int_order);
-    for (int32_t l = 0, i = 0; l <= arch->n_layers; l++)
+            all += rows;
+            widest = rows > widest ? rows : widest;
+        }
+    c->n = kne_ensemble_size(arch, &b->opt);
+    row = (size_t) arch->n_layers * (size_t) arch->d_ff * sizeof *c->score +
+          (size_t) c->n * (sizeof *c->index + sizeof *c->keys + sizeof *c->picked);
+    c->most = SCORE_BYTES / row > 32 ? SCORE_BYTES / row : 32;
+    c->most = c->most > widest ? c->most : widest;
+    c->most = c->most < all ? c->most : all;
+    choice_layout(b, c);
+    st = kne_arena_commit(&c->host, err);
+    if (st == KNE_OK)
+        st = kne_device_commit(&c->dev, b->job->backend, err);
+    if (st == KNE_OK)
+        choice_layout(b, c);
+    return st;
+}
+
+/* The n best of each live edit of [from, to) by a score of its own, into c->index and c->host_index, and those scores into c->host_picked. */
+static void
+choose(batch *b, choice *c, int32_t from, int32_t to, size_t n_tokens, bool has_mean, float mean_all)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const int64_t   len = (int64_t) arch->n_layers * arch->d_ff, first = (int64_t) b->opt.layer_min * arch->d_ff;
+    const int64_t   last = ((int64_t) b->opt.layer_max + 1) * arch->d_ff;
+    kne_backend    *be = b->job->backend;
+    float          *own = c->score + n_tokens * (size_t) len, *token = c->score;
+    int32_t         n = 0;
+
+    for (int32_t i = from; i < to; i++)
     {
-        while (i < e->n && e->index[i] < l * f)
-            i++;
-        e->from[l] = i;
+        const edit *e = &b->edit[i];
+        float      *score = own + (size_t) n * (size_t) len;
+
+        if (e->state == EDIT_ENDED)
+            continue;
+        n++;
+        if (b->opt.select == KNE_SELECT_ATTRIBUTION)
+            be->contrast(be->ctx, score, token, len, e->out->n_tokens, len, has_mean ? c->mean : NULL,
+                         (float) b->opt.contrast * mean_all, b->opt.signed_score);
+        else
+        {
+            uint64_t state = (uint64_t) b->opt.seed ^ (uint64_t) e->spec->edit_id * 0x9E3779B97F4A7C15ull;
+
+            for (int64_t k = 0; k < len; k++)
+                c->row[k] = (float) (kne_random_next(&state) >> 40) * 0x1p-24f;
+            kne_device_put(be, score, c->row, (size_t) len * sizeof *score);
+        }
+        token += (size_t) e->out->n_tokens * (size_t) len;
     }
+    be->top(be->ctx, c->index, own + first, len, c->keys, n, last - first, c->n);
+    for (int32_t i = 0; i < n; i++)
+        be->gather_cols(be->ctx, c->picked + (size_t) i * (size_t) c->n, own + (size_t) i * (size_t) len + first, len,
+                        c->index + (size_t) i * (size_t) c->n, 1, c->n);
+    be->get(be->ctx, c->host_picked, c->picked, (size_t) n * (size_t) c->n * sizeof *c->picked);
+    be->get(be->ctx, c->host_index, c->index, (size_t) n * (size_t) c->n * sizeof *c->index);
+    for (size_t i = 0; i < (size_t) n * (size_t) c->n; i++)
+        c->host_index[i] += (int32_t) first;
+}
+
+/* What is in c->host_index and c->host_picked, best first, becomes the ensembles; with the scores of their tokens, if there are any. */
+static void
+keep_ensembles(batch *b, choice *c, int32_t from, int32_t to, bool attributed)
+{
+    const kne_arch *arch = &b->job->model->arch;
+    const size_t    len = (size_t) arch->n_layers * (size_t) arch->d_ff, n = (size_t) c->n;
+    kne_backend    *be = b->job->backend;
+    size_t          at = 0, token = 0;
+
+    for (int32_t i = from; i < to; i++)
+    {
+        edit         *e = &b->edit[i];
+        const int32_t f = arch->d_ff, s = e->out->n_tokens;
+
+        if (e->state == EDIT_ENDED)
+            continue;
+        for (size_t k = 0; k < n; k++, at++)
+        {
+            const int32_t index = c->host_index[at];
+
+            e->out->ensemble[k] = (kne_ensemble_row) {index / f, index % f, c->host_picked[at], e->token_score + k * (size_t) s};
+            e->index[k] = index;
+        }
+        if (attributed)
+        {
+            kne_device_put(be, c->index, e->index, n * sizeof *c->index);
+            be->gather_cols(be->ctx, c->picked + token * n, c->score + token * len, (int64_t) len, c->index, s, c->n);
+        }
+        token += (size_t) s;
+        qsort(e->index, n, sizeof *e->index, int_order);
+        for (int32_t l = 0, j = 0; l <= arch->n_layers; l++)
+        {
+            while (j < e->n && e->index[j] < l * f)
+                j++;
+            e->from[l] = j;
+        }
+    }
+    if (!attributed)
+        return; /* they are zero */
+    be->get(be->ctx, c->host_picked, c->picked, token * n * sizeof *c->picked);
+    token = 0;
+    for (int32_t i = from; i < to; i++)
+        for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens; j++, token++)
+            for (size_t k = 0; k < n; k++)
+                b->edit[i].token_score[k * (size_t) b->edit[i].out->n_tokens + (size_t) j] = c->host_picked[token * n + k];
 }
 
 static void
@@ -379,16 +470,16 @@ by_score(const void *pa, const void *pb)
 }
 
 /*
- * The ensembles by energy of the live edits of [from, to). A neuron's score is 1 over the best rank that it has for any of the edit's
+ * The n best of each live edit of [from, to) by energy, into c->host_index and c->host_picked. A neuron's score is 1 over the best rank that it has for any of the edit's
  * tokens (none below the size of an ensemble). So each token has its share of the ensemble: what follows the first one stands on
- * activations that no known fact has, and would take it whole. token: attribution, of n_tokens in all.
+ * activations that no known fact has, and would take it whole. n_tokens: of all of them.
  */
 static kne_status
-energies(batch *b, struct kne_ref_cache *cache, int32_t from, int32_t to, size_t n_tokens, float *const *token, kne_err *err)
+energies(batch *b, struct kne_ref_cache *cache, choice *c, int32_t from, int32_t to, size_t n_tokens, kne_err *err)
 {
     const kne_edit_job  *job = b->job;
-    const kne_energy_top want = {b->opt.layer_min, b->opt.layer_max, kne_ensemble_size(&job->model->arch, &b->opt)};
-    size_t               n_prompts = 0, n = 0, used = 0;
+    const kne_energy_top want = {b->opt.layer_min, b->opt.layer_max, c->n};
+    size_t               n_prompts = 0, n = 0, used = 0, at = 0;
     kne_energy_of       *of = malloc((n_tokens + 1) * sizeof *of);
     int32_t             *top = malloc((n_tokens * (size_t) want.n + 1) * sizeof *top);
     ranked              *all = malloc((n_tokens * (size_t) want.n + 1) * sizeof *all);
@@ -433,7 +524,11 @@ energies(batch *b, struct kne_ref_cache *cache, int32_t from, int32_t to, size_t
             if (!kept || all[kept - 1].index != all[k].index)
                 all[kept++] = all[k];
         qsort(all, kept, sizeof *all, by_score);
-        keep_ensemble(b, &b->edit[i], token + n, all);
+        for (int32_t k = 0; k < want.n; k++, at++)
+        {
+            c->host_index[at] = all[k].index;
+            c->host_picked[at] = all[k].score;
+        }
         n += (size_t) s;
     }
     free(of);
@@ -443,129 +538,144 @@ energies(batch *b, struct kne_ref_cache *cache, int32_t from, int32_t to, size_t
     return st;
 }
 
+/* The fact whose tokens are attributed, where it is prompt and present answer: its first tokens, as many as the object has. *own keeps it. */
+static kne_status
+present_answer(const batch *b, const edit *e, kne_ids *own, kne_tokens *fact, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const int32_t       p = e->prompt[0].n_prompt;
+    kne_ids             now = {0};
+    kne_status          st = kne_generate(job->model, job->backend, &job->view->overlay, e->prompt[0].id, p, e->out->n_tokens,
+                                          job->calls.yield, job->calls.ctx, &now, err);
+
+    if (st == KNE_OK && now.n)
+    {
+        own->id = malloc((size_t) (p + now.n) * sizeof *own->id);
+        if (own->id)
+        {
+            memcpy(own->id, e->prompt[0].id, (size_t) p * sizeof *own->id);
+            memcpy(own->id + p, now.id, (size_t) now.n * sizeof *own->id);
+            *fact = (kne_tokens) {own->id, p + now.n, p};
+        }
+        else
+            st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    }
+    kne_ids_free(&now);
+    return st;
+}
+
+/* Attribution of the tokens of the live edits of [from, to) into c->score, n_tokens rows of it. at, fact and own: room for as many. */
+static kne_status
+attribute(batch *b, choice *c, int32_t from, int32_t to, size_t n_tokens, float **at, kne_tokens *fact, kne_ids *own, kne_err *err)
+{
+    const kne_edit_job *job = b->job;
+    const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
+    size_t              token = 0, k = 0;
+    int32_t             n = 0;
+
+    for (int32_t i = from; i < to; i++)
+    {
+        const edit *e = &b->edit[i];
+
+        if (e->state == EDIT_ENDED)
+            continue;
+        fact[n] = e->prompt[0];
+        if (b->opt.tokens == KNE_TOKENS_CURRENT)
+            KNE_TRY(present_answer(b, e, &own[i], &fact[n], err));
+        /* a present answer may have fewer tokens than the object: its rows then stay zero at the end */
+        for (int32_t j = fact[n].n_prompt; j < fact[n].n; j++)
+            at[k++] = c->score + (token + (size_t) (j - fact[n].n_prompt)) * len;
+        token += (size_t) e->out->n_tokens;
+        n++;
+    }
+    job->backend->zero(job->backend->ctx, c->score, n_tokens * len * sizeof *c->score);
+    return kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n, at, &job->calls, err);
+}
+
+/* Every neuron of the layers that may move. */
+static void
+choose_all(const batch *b, choice *c, int32_t from, int32_t to)
+{
+    const int32_t first = b->opt.layer_min * b->job->model->arch.d_ff;
+    size_t        at = 0;
+
+    for (int32_t i = from; i < to; i++)
+        for (int32_t k = 0; b->edit[i].state != EDIT_ENDED && k < c->n; k++, at++)
+        {
+            c->host_index[at] = first + k;
+            c->host_picked[at] = 0;
+        }
+}
+
 /* Attribute and select, as many edits at a time as SCORE_BYTES lets their scores stand side by side. */
 static kne_status
 ensembles(batch *b, struct kne_ref_cache *cache, kne_err *err)
 {
     const kne_edit_job *job = b->job;
-    const kne_arch     *arch = &job->model->arch;
-    const size_t        len = (size_t) arch->n_layers * (size_t) arch->d_ff;
+    const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
     const bool          by_energy = b->opt.select == KNE_SELECT_ENERGY;
-    const bool          attribute = by_energy || b->opt.select == KNE_SELECT_ATTRIBUTION; /* for the record too */
-    const size_t        most = SCORE_BYTES / (len * sizeof(float)) > 32 ? SCORE_BYTES / (len * sizeof(float)) : 32;
-    float  *mean_ref = calloc(len, sizeof *mean_ref), *score = malloc(len * sizeof *score), *buf = NULL, **at = NULL;
-    int32_t *order = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *order);
-    ranked  *best = malloc(((size_t) kne_ensemble_size(arch, &b->opt) + 1) * sizeof *best);
+    const bool          attributed = by_energy || b->opt.select == KNE_SELECT_ATTRIBUTION; /* for the record too */
+    choice      c = {0};
+    float     **at = NULL, *mean_ref = calloc(len, sizeof *mean_ref);
     kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
     kne_ids    *own = calloc((size_t) job->n_edits + 1, sizeof *own); /* prompt and present answer, option "current" */
-    size_t      n_buf = 0;
     int32_t     n_ref = 0;
     float       mean_all = 0;
-    kne_status  st = mean_ref && score && order && best && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    kne_status  st = mean_ref && fact && own ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     plan_layout(b);
     if (st == KNE_OK)
         st = kne_arena_commit(&b->plan, err);
     if (st == KNE_OK)
         plan_layout(b);
-    if (st == KNE_OK && attribute && !by_energy && b->opt.contrast > 0)
+    if (st == KNE_OK && attributed && !by_energy && b->opt.contrast > 0)
         st = contrast(b, mean_ref, &n_ref, err);
     for (size_t k = 0; k < len; k++)
         mean_all += mean_ref && n_ref ? mean_ref[k] / (float) len : 0;
+    if (st == KNE_OK)
+        st = choice_new(b, &c, err);
+    if (st == KNE_OK && !(at = malloc((c.most + 1) * sizeof *at)))
+        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    if (st == KNE_OK && n_ref)
+        kne_device_put(job->backend, c.mean, mean_ref, len * sizeof *c.mean);
 
     for (int32_t from = 0, to = 0; from < job->n_edits && st == KNE_OK; from = to)
     {
-        size_t  n_tokens = 0;
-        int32_t n_facts = 0;
+        size_t n_tokens = 0, rows = 0;
 
-        for (; to < job->n_edits && (to == from || n_tokens + (size_t) b->edit[to].out->n_tokens <= most); to++)
+        for (; to < job->n_edits; to++)
         {
-            edit *e = &b->edit[to];
+            const size_t s = b->edit[to].state == EDIT_ENDED ? 0 : (size_t) b->edit[to].out->n_tokens;
 
-            if (e->state == EDIT_ENDED)
-                continue;
-            fact[n_facts] = e->prompt[0];
-            if (b->opt.tokens == KNE_TOKENS_CURRENT && attribute)
-            {
-                /* prompt + the first tokens of the present answer, as many as the object has */
-                kne_ids *o = &own[to];
-                kne_ids  now = {0};
-                int32_t  s = e->out->n_tokens, p = e->prompt[0].n_prompt;
-
-                st = kne_generate(job->model, job->backend, &job->view->overlay, e->prompt[0].id, p, s,
-                                  job->calls.yield, job->calls.ctx, &now, err);
-                if (st == KNE_OK && now.n)
-                {
-                    o->id = malloc((size_t) (p + now.n) * sizeof *o->id);
-                    if (o->id)
-                    {
-                        memcpy(o->id, e->prompt[0].id, (size_t) p * sizeof *o->id);
-                        memcpy(o->id + p, now.id, (size_t) now.n * sizeof *o->id);
-                        fact[n_facts] = (kne_tokens) {o->id, p + now.n, p};
-                    }
-                    else
-                        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
-                }
-                kne_ids_free(&now);
-                if (st != KNE_OK)
-                    break;
-            }
-            n_facts++;
-            n_tokens += (size_t) e->out->n_tokens;
+            if (s && rows + s + 1 > c.most)
+                break;
+            n_tokens += s;
+            rows += s ? s + 1 : 0;
         }
-        if (st == KNE_OK && n_tokens > n_buf)
-        {
-            free(buf);
-            free(at);
-            n_buf = n_tokens;
-            buf = attribute ? malloc(n_buf * len * sizeof *buf) : NULL;
-            at = malloc(n_buf * sizeof *at);
-            if (!at || (attribute && !buf))
-                st = kne_error(err, KNE_ERR_NOMEM, "out of memory for the scores of %zu tokens", n_buf);
-        }
-        if (st == KNE_OK && attribute && n_facts)
-        {
-            float  **call = at;
-            size_t   k = 0;
-
-            memset(buf, 0, n_tokens * len * sizeof *buf);
-            /* a present answer may have fewer tokens than the object: its rows then stay zero at the end */
-            for (int32_t i = 0, e = from; i < n_facts; e++)
-            {
-                if (b->edit[e].state == EDIT_ENDED)
-                    continue;
-                for (int32_t j = fact[i].n_prompt; j < fact[i].n; j++)
-                    *call++ = buf + (k + (size_t) (j - fact[i].n_prompt)) * len;
-                k += (size_t) b->edit[e].out->n_tokens;
-                i++;
-            }
-            st = kne_attribute(job->model, job->backend, job->view, &b->opt, fact, n_facts, at, &job->calls, err);
-        }
-        for (size_t k = 0; k < n_tokens && st == KNE_OK; k++)
-            at[k] = buf ? buf + k * len : NULL;
-        if (st == KNE_OK && by_energy && n_facts)
-            st = energies(b, cache, from, to, n_tokens, at, err);
-        size_t k = 0;
-        for (int32_t i = from; i < to && st == KNE_OK && !by_energy; i++)
-            if (b->edit[i].state != EDIT_ENDED)
-            {
-                float *const *token = attribute ? at + k : NULL;
-
-                st = rank(b, &b->edit[i], token, n_ref ? mean_ref : NULL, mean_all, score, order, best, err);
-                if (st == KNE_OK)
-                    keep_ensemble(b, &b->edit[i], token, best);
-                k += (size_t) b->edit[i].out->n_tokens;
-            }
+        if (!rows)
+            continue;
+        if (attributed)
+            st = attribute(b, &c, from, to, n_tokens, at, fact, own, err);
+        if (st == KNE_OK && by_energy)
+            st = energies(b, cache, &c, from, to, n_tokens, err);
+        else if (st == KNE_OK && b->opt.select == KNE_SELECT_ALL)
+            choose_all(b, &c, from, to);
+        else if (st == KNE_OK)
+            choose(b, &c, from, to, n_tokens, n_ref > 0, mean_all);
+        if (st == KNE_OK)
+            st = job->backend->status(job->backend->ctx, err);
+        if (st == KNE_OK)
+            keep_ensembles(b, &c, from, to, attributed);
+        if (st == KNE_OK)
+            st = job->backend->status(job->backend->ctx, err);
     }
     for (int32_t i = 0; own && i < job->n_edits; i++)
         kne_ids_free(&own[i]);
+    kne_device_free(&c.dev, job->backend);
+    kne_arena_free(&c.host);
     free(own);
     free(fact);
     free(mean_ref);
-    free(score);
-    free(order);
-    free(best);
-    free(buf);
     free(at);
     return st;
 }

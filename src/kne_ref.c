@@ -3,6 +3,7 @@
  * table of pointers by 64-bit key, swept of what the last job did not use when it grows over its budget.
  */
 #include "kne_ref.h"
+#include "kne_device.h"
 #include "kne_pack.h"
 
 #include <math.h>
@@ -11,6 +12,7 @@
 
 #define BUDGET ((size_t) 512 << 20) /* bytes of activations and scores */
 #define PASS_ROWS 512
+#define SCORE_BYTES ((size_t) 64 << 20) /* of the scores on the device at a time */
 
 struct kne_ref_cache
 {
@@ -300,6 +302,56 @@ options_key(const kne_options *o)
     return mix(mix(mix(mix(1, (uint64_t) o->points), (uint64_t) o->path), (uint64_t) o->quadrature), (uint64_t) o->score);
 }
 
+/* The scores of n facts, chunk of them at a time: who[i]->score = |sum over the tokens of fact[i]|. */
+static kne_status
+score_facts(const kne_model *m, kne_backend *be, const kne_options *opt, const kne_tokens *fact, kne_ref *const *who, int32_t n,
+            const kne_job_calls *calls, kne_err *err)
+{
+    const size_t len = (size_t) m->arch.n_layers * (size_t) m->arch.d_ff, bytes = len * sizeof(float);
+    const size_t most = SCORE_BYTES / bytes > 16 ? SCORE_BYTES / bytes : 16, chunk = most < (size_t) n ? most : (size_t) n;
+    kne_arena    dev = {0};
+    float       *there = NULL, **score = NULL;
+    kne_status   st = KNE_OK;
+
+    for (int turn = 0; turn < 2 && st == KNE_OK; turn++)
+    {
+        there = kne_arena_take(&dev, chunk, bytes);
+        if (turn == 0)
+            st = kne_device_commit(&dev, be, err);
+    }
+    for (int32_t from = 0, to = 0; from < n && st == KNE_OK; from = to)
+    {
+        size_t tokens = 0, k = 0;
+
+        for (; to < n && (size_t) (to - from) < chunk; to++)
+            tokens += (size_t) (fact[to].n - fact[to].n_prompt);
+        free(score);
+        score = malloc((tokens + 1) * sizeof *score);
+        if (!score)
+            st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
+        else if (from > 0 && calls && calls->yield && calls->yield(calls->ctx))
+            st = kne_error(err, KNE_ERR_CANCELLED, "cancelled");
+        if (st != KNE_OK)
+            break;
+        for (int32_t i = from; i < to; i++)
+            for (int32_t j = fact[i].n_prompt; j < fact[i].n; j++)
+                score[k++] = there + (size_t) (i - from) * len;
+        be->zero(be->ctx, there, (size_t) (to - from) * bytes);
+        st = kne_attribute(m, be, NULL, opt, fact + from, to - from, score, calls, err);
+        for (int32_t i = from; i < to && st == KNE_OK; i++)
+        {
+            be->get(be->ctx, who[i]->score, there + (size_t) (i - from) * len, bytes);
+            for (size_t c = 0; c < len; c++)
+                who[i]->score[c] = fabsf(who[i]->score[c]);
+        }
+        if (st == KNE_OK)
+            st = be->status(be->ctx, err);
+    }
+    free(score);
+    kne_device_free(&dev, be);
+    return st;
+}
+
 kne_status
 kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, const kne_tokens *fact,
                kne_ref *const *ref, const int32_t *pick, int32_t n_pick, const kne_job_calls *calls, kne_err *err)
@@ -308,9 +360,8 @@ kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, cons
     const uint64_t key = options_key(opt);
     kne_options    all = *opt; /* scores of every layer, whatever range this edit has */
     kne_tokens    *todo = malloc(((size_t) n_pick + 1) * sizeof *todo);
-    float        **score = NULL;
     kne_ref      **who = malloc(((size_t) n_pick + 1) * sizeof *who);
-    int32_t        n = 0, tokens = 0;
+    int32_t        n = 0;
     kne_status     st = todo && who ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     all.layer_min = 0;
@@ -325,34 +376,19 @@ kne_ref_scores(const kne_model *m, kne_backend *be, const kne_options *opt, cons
             st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
         else
         {
-            memset(r->score, 0, len * sizeof(float));
             r->score_key = key;
             todo[n] = fact[pick[i]];
             who[n++] = r;
-            tokens += fact[pick[i]].n - fact[pick[i]].n_prompt;
         }
     }
-    if (st == KNE_OK && !(score = malloc(((size_t) tokens + 1) * sizeof *score)))
-        st = kne_error(err, KNE_ERR_NOMEM, "out of memory");
     if (st == KNE_OK && n)
+        st = score_facts(m, be, &all, todo, who, n, calls, err);
+    for (int32_t i = 0; i < n && st != KNE_OK; i++) /* half a score must not be found again */
     {
-        for (int32_t i = 0, k = 0; i < n; i++)
-            for (int32_t j = todo[i].n_prompt; j < todo[i].n; j++)
-                score[k++] = who[i]->score;
-        st = kne_attribute(m, be, NULL, &all, todo, n, score, calls, err);
-    }
-    for (int32_t i = 0; i < n; i++)
-    {
-        for (size_t k = 0; k < len && st == KNE_OK; k++)
-            who[i]->score[k] = fabsf(who[i]->score[k]);
-        if (st != KNE_OK) /* half a score must not be found again */
-        {
-            free(who[i]->score);
-            who[i]->score = NULL;
-        }
+        free(who[i]->score);
+        who[i]->score = NULL;
     }
     free(todo);
-    free(score);
     free(who);
     return st;
 }

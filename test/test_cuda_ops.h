@@ -573,6 +573,17 @@ test_selection(void)
     }
     verdict("top", 0);
 
+    for (int i = 0; i < 8; i++)
+    {
+        const int64_t rows = 1 + i % 3;
+        const buffer *x = numbers(rows * LD, 0, 1), *y = output(ALL), *mean = i & 1 ? numbers(ALL, 3, 1) : NULL;
+
+        CALL(contrast, F(y), F(x), LD, rows, ALL, OR_NULL(mean), 0.1f, i & 2);
+        compare(y);
+        forget();
+    }
+    verdict("contrast", 1e-12);
+
     const buffer *z = numbers(T * F, 0, 1), *a = numbers(T * F, 0, 1), *k = numbers(T * T, 0, 1), *row0 = both(begin, sizeof begin),
                  *score = numbers(3 * (F + 9), 0, 1);
 
