@@ -259,8 +259,13 @@ skip_items(kne_rbuf *b, size_t fixed, size_t least)
 Datum
 kne_redo(PG_FUNCTION_ARGS)
 {
+    /* Edits that were consolidated together need not have the same generation. */
     static KnePlan stored = {
-        "SELECT digest FROM kne.solution WHERE edit_id = $1 AND generation = $2", 2, {INT8OID, INT4OID}};
+        "SELECT t.digest FROM kne.solution s JOIN kne.solution t ON t.consolidation_id IS NOT DISTINCT FROM s.consolidation_id"
+        " AND (s.consolidation_id IS NOT NULL OR t.generation = s.generation)"
+        " WHERE s.edit_id = $2 AND s.generation = $3 AND t.edit_id = $1",
+        3,
+        {INT8OID, INT8OID, INT4OID}};
     static const char *const outcomes[] = {"applied", "holds", "failed", "cancelled"}; /* enum kne_outcome */
     ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
     int32 generation;
@@ -300,13 +305,14 @@ kne_redo(PG_FUNCTION_ARGS)
     n = kne_get_count(b, 1);
     for (uint32 i = 0; i < n && !b->bad; i++)
     {
-        Datum values[4], key[2]; /* edit_id, outcome, same, digest */
+        Datum values[4], key[3]; /* edit_id, outcome, same, digest */
         bool nulls[4] = {false}, isnull = true;
         uint8 outcome;
         const uint8 *made;
 
         key[0] = values[0] = Int64GetDatum(kne_get_i64(b));
-        key[1] = Int32GetDatum(generation);
+        key[1] = PG_GETARG_DATUM(0);
+        key[2] = Int32GetDatum(generation);
         outcome = kne_get_u8(b);
         values[1] = CStringGetTextDatum(outcome < lengthof(outcomes) ? outcomes[outcome] : "unknown");
         (void) kne_get_bytes(b, &len);      /* message */

@@ -26,8 +26,7 @@ CREATE TABLE kne.model (
     dtype         text NOT NULL,
     fingerprint   text NOT NULL,
     is_default    boolean NOT NULL DEFAULT false,
-    loaded_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    rebased_at    timestamptz -- edits before it are part of the base
+    loaded_at     timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE UNIQUE INDEX model_one_default ON kne.model (is_default) WHERE is_default;
 
@@ -730,7 +729,7 @@ CREATE VIEW kne.stat_health AS
 
 CREATE VIEW kne.stat_size AS
     SELECT r.edit_id, m.name AS model, r.state, s.generation, s.n_neurons AS neurons, s.n_rows AS delta_rows,
-           CASE WHEN s.solved_at < m.rebased_at THEN 0
+           CASE WHEN s.solved_at < (SELECT max(b.at) FROM kne.rebase b WHERE b.model_id = s.model_id) THEN 0
                 ELSE s.n_rows * (m.d_model * 4::bigint + 24) END AS delta_bytes, -- values, and the array's head
            a.edit_id IS NOT NULL AS in_force
     FROM kne.solution s
@@ -972,7 +971,6 @@ COMMENT ON COLUMN kne.model.dtype IS 'Format of the FFN matrices.';
 COMMENT ON COLUMN kne.model.fingerprint IS 'SHA-256 over config, tokenizer and samples of the tensors.';
 COMMENT ON COLUMN kne.model.is_default IS 'The model that is meant where none is named; at most one.';
 COMMENT ON COLUMN kne.model.loaded_at IS 'When it was registered.';
-COMMENT ON COLUMN kne.model.rebased_at IS 'Edits in force then are part of the base, and earlier states cannot be asked; NULL: never.';
 COMMENT ON COLUMN kne.relation.relation IS 'Key; what requests and facts name.';
 COMMENT ON COLUMN kne.relation.prompt IS 'Template, {} for the subject.';
 COMMENT ON COLUMN kne.relation.paraphrases IS 'Other templates; the first ones train with the prompt.';

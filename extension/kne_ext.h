@@ -126,7 +126,6 @@ typedef struct KneModel
     char *name, *path, *fingerprint;
     int32 n_layers, d_model, d_ff, n_ctx;
     bool  gated;
-    TimestampTz rebased_at; /* edits before it are in the base, and no earlier state can be had; DT_NOBEGIN: never */
 } KneModel;
 
 /* The name that is meant: kne.default_model for NULL, if it is set. */

@@ -109,8 +109,16 @@ extern KneView *kne_view_for_read(const char *model_name, TimestampTz as_of);
 extern Datum kne_export_view(const KneView *view, const char *given, uint8 format, char **path);
 /* A model's folder that the caller may load: its real path and its fingerprint. */
 extern char *kne_model_folder(const char *path, char **fingerprint);
-/* ERROR when the edit is part of its model's base since a rebase, from which nothing is taken out. SPI connected. */
-extern void kne_check_not_in_base(int64 edit_id);
+/* The base that a model should have, by its newest rebase. */
+typedef struct KneBase
+{
+    TimestampTz at; /* earlier states cannot be had; DT_NOBEGIN: it was never rebased */
+    char *fingerprint;
+} KneBase;
+
+extern KneBase kne_base_of(const KneModel *model);
+/* SQL: is the edit of row r part of its model's base since a rebase (rebase.c), from which nothing is taken out? */
+#define KNE_IN_BASE(r) "EXISTS (SELECT FROM kne.solution b WHERE b.edit_id = " r ".edit_id AND b.provenance ? 'rebase')"
 
 /* The same from a function's arguments, NULL for the default model and for now. ERROR when kne is not preloaded. */
 extern KneView *kne_view_args(FunctionCallInfo fcinfo, int model, int as_of);

@@ -26,15 +26,12 @@ PG_FUNCTION_INFO_V1(kne_move_model);
 /* ---------------------------------------------------------------- lookups */
 
 #define MODEL_COLUMNS \
-    "SELECT model_id, name, path, fingerprint, n_layers, d_model, d_ff, n_ctx, gated," \
-    " (to_jsonb(model) ->> 'rebased_at')::timestamptz FROM kne.model WHERE " /* a database of 0.1 has no such column */
+    "SELECT model_id, name, path, fingerprint, n_layers, d_model, d_ff, n_ctx, gated FROM kne.model WHERE "
 
 static KneModel *
 model_from_row(MemoryContext mcxt)
 {
     KneModel *m = MemoryContextAllocZero(mcxt, sizeof *m);
-    bool never;
-    Datum at;
 
     m->model_id = kne_spi_int4(0, 1);
     m->name = kne_spi_text(0, 2, mcxt);
@@ -45,8 +42,6 @@ model_from_row(MemoryContext mcxt)
     m->d_ff = kne_spi_int4(0, 7);
     m->n_ctx = kne_spi_int4(0, 8);
     m->gated = kne_spi_bool(0, 9);
-    at = kne_spi_datum(0, 10, &never);
-    m->rebased_at = never ? DT_NOBEGIN : DatumGetTimestampTz(at);
     return m;
 }
 
@@ -307,22 +302,25 @@ kne_load_model(PG_FUNCTION_ARGS)
 static Datum
 move_model_body(PG_FUNCTION_ARGS)
 {
-    static KnePlan move = {"UPDATE kne.model SET path = $2 WHERE model_id = $1", 2, {INT4OID, TEXTOID}};
+    static KnePlan move = {"UPDATE kne.model SET path = $2, fingerprint = $3 WHERE model_id = $1", 3, {INT4OID, TEXTOID, TEXTOID}};
     KneModel *model;
-    Datum values[2];
+    KneBase base;
+    Datum values[3];
     char *path, *fingerprint;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
         ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("name and path of a model must not be null")));
     model = kne_model_by_name(text_to_cstring(PG_GETARG_TEXT_PP(0)));
+    base = kne_base_of(model);
     path = kne_model_folder(text_to_cstring(PG_GETARG_TEXT_PP(1)), &fingerprint);
-    if (strcmp(fingerprint, model->fingerprint) != 0)
+    if (strcmp(fingerprint, base.fingerprint) != 0)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("folder \"%s\" is not that of model \"%s\"", path, model->name),
-                        errdetail("Its fingerprint is %s, not %s.", fingerprint, model->fingerprint),
+                        errdetail("Its fingerprint is %s, not %s.", fingerprint, base.fingerprint),
                         errhint("Another model is loaded under a name of its own, with kne_load_model.")));
     values[0] = Int32GetDatum(model->model_id);
     values[1] = CStringGetTextDatum(path);
+    values[2] = CStringGetTextDatum(fingerprint);
     kne_spi_connect();
     kne_spi(&move, KNE_WRITE, values, NULL);
     kne_spi_finish();

@@ -11,13 +11,67 @@
 #include "kne_sql.h"
 
 #include "access/xact.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/snapmgr.h"
 
 PG_FUNCTION_INFO_V1(kne_rebase);
+
+KneBase
+kne_base_of(const KneModel *model)
+{
+    static KnePlan newest = {"SELECT at, fingerprint FROM kne.rebase WHERE model_id = $1 ORDER BY at DESC LIMIT 1", 1, {INT4OID}};
+    KneBase base = {DT_NOBEGIN, model->fingerprint};
+    MemoryContext mcxt = CurrentMemoryContext;
+    Datum value = Int32GetDatum(model->model_id);
+    bool isnull;
+
+    if (!OidIsValid(get_relname_relid("rebase", get_namespace_oid("kne", true))))
+        return base; /* objects of 0.1 */
+    kne_spi_connect();
+    if (kne_spi(&newest, KNE_READ, &value, NULL) > 0)
+    {
+        base.at = DatumGetTimestampTz(kne_spi_datum(0, 1, &isnull));
+        base.fingerprint = kne_spi_text(0, 2, mcxt);
+    }
+    kne_spi_finish();
+    return base;
+}
+
+/*
+ * ERROR where other servers would not know of it, or would undo it: rows of kne.rebase must go wherever deltas go, and what comes from
+ * elsewhere is rebased there.
+ */
+static void
+check_replication(void)
+{
+    static KnePlan look = {
+        "SELECT (SELECT string_agg(DISTINCT p.pubname, ', ') FROM pg_publication_tables p WHERE p.schemaname = 'kne' AND p.tablename = 'activation'"
+        " AND NOT EXISTS (SELECT FROM pg_publication_tables r WHERE r.pubname = p.pubname AND r.schemaname = 'kne' AND r.tablename = 'rebase')),"
+        " (SELECT string_agg(DISTINCT s.subname, ', ') FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid"
+        " WHERE s.subenabled AND r.srrelid = 'kne.activation'::regclass)"};
+    char *publication, *subscription;
+
+    kne_spi_connect();
+    kne_spi(&look, KNE_WRITE, NULL, NULL);
+    publication = kne_spi_text(0, 1, CurrentMemoryContext);
+    subscription = kne_spi_text(0, 2, CurrentMemoryContext);
+    if (publication)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("cannot rebase while publication \"%s\" has edits without kne.rebase", publication),
+                        errdetail("Its subscribers would go on with the base of before."),
+                        errhint("ALTER PUBLICATION ... ADD TABLE kne.rebase, and there ALTER SUBSCRIPTION ... REFRESH PUBLICATION.")));
+    if (subscription)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("cannot rebase while subscription \"%s\" brings edits", subscription),
+                        errdetail("What becomes of these is decided on the server that publishes them."),
+                        errhint("Rebase there, or ALTER SUBSCRIPTION ... DISABLE first, for good.")));
+    kne_spi_finish();
+}
 
 static TimestampTz
 lock_all(int32 model_id)
@@ -66,7 +120,7 @@ check_idle(const KneModel *model)
 }
 
 static void
-write_rows(const KneModel *before, const KneModel *after)
+write_rows(const KneModel *before, const char *path, const KneBase *after)
 {
     static KnePlan archive = {
         "INSERT INTO kne.rebase (model_id, at, by, edits, delta_rows, path_before, fingerprint_before, path, fingerprint)"
@@ -79,25 +133,24 @@ write_rows(const KneModel *before, const KneModel *after)
         " made AS (INSERT INTO kne.solution (edit_id, generation, model_id, digest, n_neurons, n_rows, norm, answer_before, p_before, p_after,"
         " steps, attribute_seconds, optimise_seconds, provenance)"
         " SELECT s.edit_id, s.generation + 1, s.model_id, decode(repeat('00', 32), 'hex'), 0, 0, 0, s.answer_before, s.p_before, s.p_after,"
-        " 0, 0, 0, jsonb_build_object('rebase', $2) FROM ended JOIN kne.solution s USING (edit_id, generation) RETURNING edit_id, generation)"
+        " 0, 0, 0, jsonb_build_object('rebase', $2, 'options', s.provenance -> 'options') FROM ended JOIN kne.solution s USING (edit_id, generation) RETURNING edit_id, generation)"
         " INSERT INTO kne.activation (model_id, edit_id, generation) SELECT $1, edit_id, generation FROM made RETURNING edit_id",
         2, {INT4OID, INT8OID}};
     static KnePlan drop = {"DELETE FROM kne.weight_delta d USING kne.solution s WHERE s.model_id = $1 AND d.edit_id = s.edit_id"
                            " AND d.generation = s.generation",
                            1, {INT4OID}};
-    static KnePlan move = {"UPDATE kne.model SET path = $2, fingerprint = $3, rebased_at = $4 WHERE model_id = $1",
-                           4, {INT4OID, TEXTOID, TEXTOID, TIMESTAMPTZOID}};
+    static KnePlan move = {"UPDATE kne.model SET path = $2, fingerprint = $3 WHERE model_id = $1", 3, {INT4OID, TEXTOID, TEXTOID}};
     Datum values[7];
     int64 rebase_id, *edit_id;
     uint64 n;
 
     kne_spi_connect();
     values[0] = Int32GetDatum(before->model_id);
-    values[1] = TimestampTzGetDatum(after->rebased_at);
+    values[1] = TimestampTzGetDatum(after->at);
     values[2] = CStringGetTextDatum(kne_caller());
     values[3] = CStringGetTextDatum(before->path);
     values[4] = CStringGetTextDatum(before->fingerprint);
-    values[5] = CStringGetTextDatum(after->path);
+    values[5] = CStringGetTextDatum(path);
     values[6] = CStringGetTextDatum(after->fingerprint);
     kne_spi(&archive, KNE_WRITE, values, NULL);
     rebase_id = kne_spi_int8(0, 1);
@@ -109,9 +162,8 @@ write_rows(const KneModel *before, const KneModel *after)
     for (uint64 i = 0; i < n; i++)
         kne_event_user(edit_id[i], "rebased", "rebase", psprintf(INT64_FORMAT, rebase_id));
     kne_spi(&drop, KNE_WRITE, values, NULL);
-    values[1] = CStringGetTextDatum(after->path);
+    values[1] = CStringGetTextDatum(path);
     values[2] = CStringGetTextDatum(after->fingerprint);
-    values[3] = TimestampTzGetDatum(after->rebased_at);
     kne_spi(&move, KNE_WRITE, values, NULL);
     kne_spi_finish();
 }
@@ -119,7 +171,8 @@ write_rows(const KneModel *before, const KneModel *after)
 static Datum
 rebase_body(PG_FUNCTION_ARGS)
 {
-    KneModel *model, after = {0};
+    KneModel *model;
+    KneBase after;
     KneView *view;
     Datum report;
     char *path;
@@ -134,7 +187,8 @@ rebase_body(PG_FUNCTION_ARGS)
                         errdetail("Only members of pg_read_server_files and pg_write_server_files rebase models.")));
     kne_require_preload();
     model = kne_model_by_name(PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)));
-    after.rebased_at = lock_all(model->model_id);
+    check_replication();
+    after.at = lock_all(model->model_id);
 
     PushActiveSnapshot(GetLatestSnapshot()); /* what was committed while the locks were waited for */
     model = kne_model_by_id(model->model_id);
@@ -143,8 +197,8 @@ rebase_body(PG_FUNCTION_ARGS)
     report = kne_export_view(view, text_to_cstring(PG_GETARG_TEXT_PP(0)), KNE_EXPORT_HUGGINGFACE, &path);
     PopActiveSnapshot();
 
-    after.path = kne_model_folder(path, &after.fingerprint);
-    write_rows(model, &after);
+    path = kne_model_folder(path, &after.fingerprint);
+    write_rows(model, path, &after);
     return report;
 }
 

@@ -309,6 +309,7 @@ typedef struct Request
 {
     int32 model_id;
     char *subject, *relation, *object, *state;
+    bool in_base;
 } Request;
 
 /*
@@ -326,7 +327,7 @@ lock_fact(int64 edit_id, Request *out)
         3,
         {INT4OID, TEXTOID, TEXTOID}};
     static KnePlan read = {
-        "SELECT model_id, subject, relation, object, state FROM kne.edit_request WHERE edit_id = $1",
+        "SELECT model_id, subject, relation, object, state, " KNE_IN_BASE("r") " FROM kne.edit_request r WHERE edit_id = $1",
         1,
         {INT8OID}};
     Datum id = Int64GetDatum(edit_id), key[3];
@@ -344,6 +345,7 @@ lock_fact(int64 edit_id, Request *out)
     out->relation = kne_spi_text(0, 3, CurrentMemoryContext);
     out->object = kne_spi_text(0, 4, CurrentMemoryContext);
     out->state = kne_spi_text(0, 5, CurrentMemoryContext);
+    out->in_base = kne_spi_bool(0, 6);
 }
 
 /* ---------------------------------------------------------------- revert */
@@ -395,14 +397,10 @@ reinstate(const Request *r, int64 reverted)
     return true;
 }
 
-void
-kne_check_not_in_base(int64 edit_id)
+static void
+check_not_in_base(int64 edit_id, const Request *r)
 {
-    static KnePlan in_base = {
-        "SELECT FROM kne.solution WHERE edit_id = $1 AND provenance ? 'rebase'", 1, {INT8OID}};
-    Datum id = Int64GetDatum(edit_id);
-
-    if (kne_spi(&in_base, KNE_WRITE, &id, NULL) > 0)
+    if (r->in_base)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("edit " INT64_FORMAT " is part of its model's base and cannot be reverted", edit_id),
                         errdetail("The model was rebased when the edit was in force."),
@@ -445,7 +443,7 @@ kne_revert_edit(int64 edit_id, const char *reason)
                         strcmp(r.state, "pending") == 0 || strcmp(r.state, "running") == 0
                             ? errhint("kne_cancel takes back a request that has not finished.")
                             : 0));
-    kne_check_not_in_base(edit_id);
+    check_not_in_base(edit_id, &r);
     values[0] = Int64GetDatum(edit_id);
     kne_spi(&end_pair, KNE_WRITE, values, NULL);
     kne_spi(&end_fact, KNE_WRITE, values, NULL);
@@ -510,7 +508,7 @@ kne_revert_edits(int64 *edit_id, int n, const char *reason)
             lock_fact(edit_id[i], &r);
             if (pass == 0 && strcmp(r.state, "superseded") == 0)
             {
-                kne_check_not_in_base(edit_id[i]);
+                check_not_in_base(edit_id[i], &r);
                 kne_spi(&set_state, KNE_WRITE, &id, NULL);
                 kne_event_user(edit_id[i], "reverted", "reason", reason);
             }

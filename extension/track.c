@@ -36,7 +36,7 @@ take_back(int32 model_id, const char *subject, const char *relation)
     static KnePlan of_fact = {
         "SELECT edit_id, state IN ('applied', 'superseded') FROM kne.edit_request r WHERE model_id = $1 AND subject = $2"
         " AND relation = $3 AND state IN ('pending', 'running', 'applied', 'superseded')"
-        " AND NOT EXISTS (SELECT FROM kne.solution s WHERE s.edit_id = r.edit_id AND s.provenance ? 'rebase')" /* these stay */
+        " AND NOT " KNE_IN_BASE("r") /* these stay */
         " ORDER BY edit_id FOR NO KEY UPDATE",
         3,
         {INT4OID, TEXTOID, TEXTOID}};

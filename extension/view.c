@@ -61,13 +61,31 @@ digest_set(KneView *v)
     pg_cryptohash_free(ctx);
 }
 
+/* The set is on the base of the newest rebase: a server that has rows of one elsewhere, and the folder of before, answers nothing. */
+static KneView *
+view_on_base(KneModel *model, TimestampTz as_of)
+{
+    KneBase base = kne_base_of(model);
+    KneView *v;
+
+    if (strcmp(base.fingerprint, model->fingerprint) != 0)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("model \"%s\" was rebased on another server, and has its earlier base here", model->name),
+                        errdetail("Since %s its fingerprint is %s, here it is %s.", timestamptz_to_str(base.at), base.fingerprint, model->fingerprint),
+                        errhint("Copy the folder that kne.rebase names from that server, then kne_move_model(name, path).")));
+    if (as_of < base.at)
+        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("model \"%s\" was rebased after that", model->name),
+                        errdetail("States before %s are not kept.", timestamptz_to_str(base.at)),
+                        errhint("kne.rebase has the folder of its earlier base.")));
+    v = palloc0(sizeof *v);
+    v->model = model;
+    return v;
+}
+
 KneView *
 kne_view_base(KneModel *model)
 {
-    KneView *v = palloc0(sizeof *v);
-
-    v->model = model;
-    return v;
+    return view_on_base(model, KNE_NOW);
 }
 
 KneView *
@@ -82,15 +100,10 @@ kne_view_get(KneModel *model, TimestampTz as_of, const int64 *without, int n_wit
         PAIRS " AND a.valid_from <= $2 AND (a.valid_to > $2 OR a.valid_to IS NULL) ORDER BY a.edit_id",
         2,
         {INT4OID, TIMESTAMPTZOID}};
-    KneView *v = kne_view_base(model);
+    KneView *v = view_on_base(model, as_of);
     MemoryContext mcxt = CurrentMemoryContext;
     Datum values[2];
     uint64 rows;
-
-    if (as_of < model->rebased_at)
-        ereport(ERROR, (errcode(ERRCODE_DATETIME_VALUE_OUT_OF_RANGE), errmsg("model \"%s\" was rebased after that", model->name),
-                        errdetail("States before %s are not kept.", timestamptz_to_str(model->rebased_at)),
-                        errhint("kne.rebase has the folder of its earlier base.")));
 
     values[0] = Int32GetDatum(model->model_id);
     values[1] = TimestampTzGetDatum(as_of);

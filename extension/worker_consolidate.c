@@ -408,9 +408,10 @@ kne_repair_consolidations(const int64 *in_hand, int n_in_hand)
     "SELECT m.model_id, last_try + $3 * '1 second'::interval AS not_before FROM kne.model m," \
     " LATERAL (SELECT max(c.finished_at) FILTER (WHERE c.state = 'applied') AS last, max(c.finished_at)" \
     "  FILTER (WHERE c.automatic) AS last_try FROM kne.consolidation c WHERE c.model_id = m.model_id) c," \
-    " LATERAL (SELECT count(*) AS n, count(*) FILTER (WHERE s.consolidation_id IS NULL) AS fresh," \
-    "  max(a.valid_from) FILTER (WHERE s.consolidation_id IS NULL) AS at FROM kne.activation a JOIN kne.solution s" \
-    "  ON s.edit_id = a.edit_id AND s.generation = a.generation WHERE a.model_id = m.model_id AND a.valid_to IS NULL) a," \
+    " LATERAL (SELECT count(*) AS n, count(*) FILTER (WHERE f) AS fresh," \
+    "  max(a.valid_from) FILTER (WHERE f) AS at FROM kne.activation a JOIN kne.solution s" \
+    "  ON s.edit_id = a.edit_id AND s.generation = a.generation," \
+    "  LATERAL (SELECT s.consolidation_id IS NULL AND NOT s.provenance ? 'rebase') f (f) WHERE a.model_id = m.model_id AND a.valid_to IS NULL) a," \
     " LATERAL (SELECT count(*) AS n, max(e.at) AS at FROM kne.edit_event e JOIN kne.edit_request r ON r.edit_id = e.edit_id" \
     "  WHERE r.model_id = m.model_id AND e.event = 'disturbed' AND (e.detail ? 'consolidation') IS NOT TRUE" \
     "  AND e.at > coalesce(c.last, '-infinity')) d" \

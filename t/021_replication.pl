@@ -1,15 +1,18 @@
 # Logical replication of edits to a second server with the same folder: it answers as the first does, runs none of its work, keeps every
-# column of its history, goes on with edits of its own, and takes over what waits when told to.
+# column of its history, goes on with edits of its own, answers nothing from the base of before a rebase, and takes over what waits when
+# told to.
 use strict;
 use warnings;
 use FindBin;
 use lib $FindBin::RealBin;
 use KneTest;
 use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::RecursiveCopy;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $docs = slurp_file("$FindBin::RealBin/../docs/replication.md");
+my ($out, $err);
 my $one = kne_cluster('one', streaming => 1, wal_level => 'logical');
 my $two = kne_cluster('two', streaming => 1, wal_level => 'logical');
 
@@ -31,6 +34,14 @@ sub same
 kne_prepare($one);
 my $first = kne_edit($one, 'France', 'Rome');
 is($one->safe_psql('postgres', "SELECT kne_wait($first)"), 'applied', 'an edit before');
+
+sub fails
+{
+	my ($node, $sql, $like, $name) = @_;
+
+	$node->psql('postgres', "\\set VERBOSITY verbose\n$sql", stdout => \$out, stderr => \$err);
+	return like($err, $like, $name);
+}
 
 # what the page says, word for word but for names
 $two->safe_psql('postgres', "CREATE EXTENSION kne; SELECT kne_load_model('other name', '" . $one->safe_psql('postgres', 'SELECT path FROM kne.model') . "')");
@@ -55,17 +66,50 @@ $one->wait_for_catchup('kne');
 same($answers, 'and after a revert');
 my $then = $one->safe_psql('postgres', 'SELECT max(valid_from) FROM kne.activation');
 same("SELECT kne_complete('The capital of France is', as_of => '$then')", 'and at an earlier time');
-for my $table (qw(relation fact edit_request solution ensemble weight_delta activation edit_event tag))
+sub all_rows
 {
-	same("SELECT x FROM kne.$table x ORDER BY x::text", "every column of kne.$table");
+	same("SELECT x FROM kne.$_ x ORDER BY x::text", "every column of kne.$_")
+	  for qw(relation fact edit_request solution ensemble weight_delta activation edit_event tag rebase);
+	return is($two->safe_psql('postgres', 'SELECT count(*) FROM kne_check_history()'), '0', 'the history is whole');
 }
-is($two->safe_psql('postgres', 'SELECT count(*) FROM kne_check_history()'), '0', 'the history is whole');
+all_rows();
+
+# the first is rebased: the second answers nothing until it has the new base
+my $old = $one->safe_psql('postgres', 'SELECT path FROM kne.model');
+my $folder = $one->basedir . '/rebased';
+$one->safe_psql('postgres', 'ALTER PUBLICATION kne DROP TABLE kne.rebase');
+fails($one, "SELECT kne_rebase('$folder')", qr/55000: .*publication "kne" has edits without kne.rebase/s, 'no rebase that subscribers would not see');
+$one->safe_psql('postgres', 'ALTER PUBLICATION kne ADD TABLE kne.rebase');
+$two->safe_psql('postgres', 'ALTER SUBSCRIPTION kne REFRESH PUBLICATION');
+$two->wait_for_subscription_sync($one, 'kne');
+fails($two, "SELECT kne_rebase('$folder')", qr/55000: .*subscription "kne" brings edits/s, 'nor one of what comes from elsewhere');
+my $before = $one->safe_psql('postgres', $answers);
+$one->safe_psql('postgres', "SELECT kne_rebase('$folder')");
+$one->wait_for_catchup('kne');
+my $not_here = qr/55000: .*model "other name" was rebased on another server, and has its earlier base here.*fingerprint.*kne_move_model/s;
+fails($two, $answers, $not_here, 'not from the old base');
+fails($two, "SELECT kne_complete('x', as_of => '$then')", $not_here, 'at no time');
+my $waits = kne_edit($two, 'Spain', 'Lisbon');
+ok($two->poll_query_until('postgres', "SELECT error ~ 'rebased on another server' FROM kne.edit_request WHERE edit_id = $waits"), 'an edit waits, and says for what');
+fails($two, "SELECT kne_move_model('other name', '$old')", qr/55000: .*is not that of model/s, 'the old folder is not taken');
+my $copy = $two->basedir . '/copied';
+PostgreSQL::Test::RecursiveCopy::copypath($folder, $copy);
+$two->safe_psql('postgres', "SELECT kne_move_model('other name', '$copy')");
+is($two->safe_psql('postgres', "SELECT kne_wait($waits)"), 'applied', 'with the new one it is applied');
+$two->safe_psql('postgres', "SELECT kne_revert($waits)");
+same($answers, 'the same answers');
+fails($two, "SELECT kne_complete('x', as_of => '$then')", qr/22008: .*rebased after that/s, 'and no state of before');
+my $third = kne_edit($one, 'France', 'Madrid');
+is($one->safe_psql('postgres', "SELECT kne_wait($third)"), 'applied', 'an edit after');
+$one->wait_for_catchup('kne');
+same($answers, 'the same answers');
+$one->safe_psql('postgres', "SELECT kne_revert($third)");
+$one->wait_for_catchup('kne');
 
 # work that waits is the first's
 kne_enable($one, 0);
 my $pending = kne_edit($one, 'Spain', 'Paris');
 $one->wait_for_catchup('kne');
-my ($out, $err);
 $two->psql('postgres', "SELECT kne_wait($pending)", stdout => \$out, stderr => \$err);
 like($err, qr/requested in another database/, 'the second does not run it');
 

@@ -71,7 +71,7 @@ SELECT 'every neuron and row of a solution', s.edit_id, s.n_neurons || ' ' || s.
 FROM kne.solution s
 WHERE s.n_neurons <> (SELECT count(*) FROM kne.ensemble e WHERE (e.edit_id, e.generation) = (s.edit_id, s.generation))
 OR s.n_rows <> (SELECT count(*) FROM kne.weight_delta w WHERE (w.edit_id, w.generation) = (s.edit_id, s.generation))
-AND NOT EXISTS (SELECT FROM kne.model m WHERE m.model_id = s.model_id AND s.solved_at < m.rebased_at)
+AND NOT EXISTS (SELECT FROM kne.rebase b WHERE b.model_id = s.model_id AND s.solved_at < b.at)
 UNION ALL
 SELECT 'rows inside the model', w.edit_id, format('%s %s %s', w.layer, w.neuron, cardinality(w.delta))
 FROM kne.weight_delta w JOIN kne.edit_request r USING (edit_id) JOIN kne.model m USING (model_id)
@@ -79,7 +79,7 @@ WHERE w.layer NOT BETWEEN 0 AND m.n_layers - 1 OR w.neuron NOT BETWEEN 0 AND m.d
 UNION ALL
 SELECT 'digest of the rows', s.edit_id, encode(s.digest, 'hex') FROM kne.solution s LEFT JOIN le USING (edit_id, generation)
 WHERE :digests = 1 AND s.digest <> coalesce(le.digest, decode(repeat('00', 32), 'hex'))
-AND NOT EXISTS (SELECT FROM kne.model m WHERE m.model_id = s.model_id AND s.solved_at < m.rebased_at)
+AND NOT EXISTS (SELECT FROM kne.rebase b WHERE b.model_id = s.model_id AND s.solved_at < b.at)
 UNION ALL
 SELECT 'history is whole', h.edit_id, h.problem FROM (SELECT FROM kne.instance WHERE :digests = 1) i, kne_check_history() h
 UNION ALL
