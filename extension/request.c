@@ -572,26 +572,26 @@ rows_of(uint64 n, uint64 *out)
 bool
 kne_cancel_edit(int64 edit_id)
 {
+    /* In the order in which a revert or a retry of the unit takes them: two who want the same unit wait, and do not deadlock. */
+    static KnePlan lock = {
+        "SELECT edit_id FROM kne.edit_request WHERE edit_id IN (" UNIT_OF ") ORDER BY edit_id FOR NO KEY UPDATE", 1, {INT8OID}};
     static KnePlan cancel = {
         "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
         " WHERE edit_id IN (" UNIT_OF ") AND state IN ('pending', 'running') RETURNING edit_id",
         1,
         {INT8OID}};
-    static KnePlan exists = {"SELECT 1 FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
     Datum value = Int64GetDatum(edit_id);
     int64 *ids;
     uint64 n;
 
     kne_spi_connect();
-    ids = rows_of(kne_spi(&cancel, KNE_WRITE, &value, NULL), &n);
-    if (n > 0)
-    {
-        for (uint64 i = 0; i < n; i++)
-            kne_event_user(ids[i], "cancelled", "reason", NULL);
-        kne_wake_at_commit(); /* the worker tells the engine to stop, and finds the row no longer running */
-    }
-    else if (kne_spi(&exists, KNE_WRITE, &value, NULL) == 0)
+    if (kne_spi(&lock, KNE_WRITE, &value, NULL) == 0)
         kne_no_such_edit(edit_id);
+    ids = rows_of(kne_spi(&cancel, KNE_WRITE, &value, NULL), &n);
+    for (uint64 i = 0; i < n; i++)
+        kne_event_user(ids[i], "cancelled", "reason", NULL);
+    if (n > 0)
+        kne_wake_at_commit(); /* the worker tells the engine to stop, and finds the row no longer running */
     kne_spi_finish();
     return n > 0;
 }

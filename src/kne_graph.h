@@ -76,7 +76,7 @@ typedef struct kne_work
     float     *x;        /* (max_n, d) the residual stream; after forward: before the final norm */
     float     *logits;   /* (max_out, V) */
     float     *dlogits;  /* (max_out, V), keep only: filled by the caller before backward */
-    int32_t   *target, *best;     /* (max_out) for the losses on its rows: kne_work_logprob, kne_work_kl */
+    int32_t   *target, *best;     /* (max_out) for the losses on its rows */
     float     *coef, *logp, *kl;
     void      *impl;
 } kne_work;
@@ -106,9 +106,6 @@ void kne_batch_put(kne_backend *be, kne_work *w, kne_batch *b);
  */
 void kne_work_logprob(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const int32_t *target,
                       const float *coef, float *logp, int32_t *best);
-/* The backend's kl, likewise; ref_logp (n, v) is the device's. */
-void kne_work_kl(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const float *ref_logp,
-                 const float *coef, float *kl);
 
 /*
  * What the visitor is shown after the FFN's backward of one layer, top to bottom.

@@ -521,12 +521,6 @@ kne_store_put_delta(kne_store *s, kne_delta *d, kne_err *err)
     return KNE_OK;
 }
 
-bool
-kne_store_has_delta(const kne_store *s, const uint8_t digest[KNE_DIGEST_LEN])
-{
-    return *delta_slot(s, digest) != NULL;
-}
-
 /* ---- workspace ---- */
 
 kne_status

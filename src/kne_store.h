@@ -60,7 +60,6 @@ kne_status kne_store_put_set(kne_store *s, kne_loaded *l, const uint8_t set[KNE_
                              int32_t *n_missing, kne_err *err);
 /* Keeps a reference of its own; one that is there already is left as it is. */
 kne_status kne_store_put_delta(kne_store *s, kne_delta *d, kne_err *err);
-bool       kne_store_has_delta(const kne_store *s, const uint8_t digest[KNE_DIGEST_LEN]);
 
 /* A workspace for one pass of n rows and one row of logits; valid until the model's next. */
 kne_status kne_store_work(kne_loaded *l, const kne_view *view, int32_t n, kne_work **out,

@@ -273,14 +273,3 @@ kne_work_logprob(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t 
     if (best)
         be->get(be->ctx, best, w->best + from, (size_t) n * sizeof *best);
 }
-
-void
-kne_work_kl(kne_backend *be, kne_work *w, int32_t from, int32_t n, int32_t v, const float *ref_logp,
-            const float *coef, float *kl)
-{
-    const size_t at = (size_t) from * (size_t) v;
-
-    kne_device_put(be, w->coef + from, coef, (size_t) n * sizeof *coef);
-    be->kl(be->ctx, w->kl + from, w->dlogits + at, w->logits + at, ref_logp, w->coef + from, n, v);
-    be->get(be->ctx, kl, w->kl + from, (size_t) n * sizeof *kl);
-}

@@ -116,6 +116,9 @@ my @times = sort { $a <=> $b } map { (split)[2] / 1000 } map { split /\n/, slurp
 note(sprintf('%d reads while edits ran: half within %.1f ms, 99 of 100 within %.1f ms, the slowest %.1f ms',
 	scalar(@times), $times[@times / 2], $times[@times * 0.99], $times[-1])) if @times;
 
+note('an optimiser step took ' . $node->safe_psql('postgres', q{SELECT format('%s ms, 99 of 100 less than %s ms', round(1000 * a[1]::numeric, 1), round(1000 * a[2]::numeric, 1))
+	FROM (SELECT percentile_cont('{0.5, 0.99}'::float8[]) WITHIN GROUP (ORDER BY optimise_seconds / steps) AS a FROM kne.solution WHERE steps > 0) s}));
+
 ok($node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM kne.edit_request WHERE state IN ('pending', 'running'))"),
 	'all of it comes to an end');
 note($node->safe_psql('postgres', 'SELECT state, count(*), sum(deaths) FROM kne.consolidation GROUP BY state ORDER BY state'));

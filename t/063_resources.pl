@@ -100,13 +100,44 @@ SKIP:
 is(violations($node), '', 'the rows hold');
 $node->stop;
 
+# ---- a disk so slow that no commit ends: a commit waits for a standby as it does for its disk ----
+
+$node = kne_cluster('slow', 'kne.idle_timeout' => '1min', streaming => 1);
+kne_prepare($node);
+{
+	local $ENV{PGOPTIONS} = '-c synchronous_commit=local'; # the worker waits, these sessions do not
+	my $slow = sub {
+		$node->safe_psql('postgres', $_[0] ? "ALTER SYSTEM SET synchronous_standby_names = 'nobody'" : 'ALTER SYSTEM RESET synchronous_standby_names');
+		$node->reload;
+	};
+	my $stuck = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'kne worker' AND wait_event = 'SyncRep')";
+
+	kne_pid($node, 'engine');
+	$slow->(1);
+	$id = kne_edit($node, 'France', 'Lyon');
+	ok($node->poll_query_until('postgres', $stuck), 'the worker waits for its commit');
+	is($node->safe_psql('postgres', "SELECT kne_knows('France', 'capital', 'Paris') FROM generate_series(1, 3)"), "t\nt\nt", 'reads go on');
+	is(kne_state($node, $id), 'pending:0:0', 'of what has not committed nothing is seen');
+	$slow->(0);
+	is($node->safe_psql('postgres', "SELECT kne_wait($id)"), 'applied', 'when commits end, so does the edit');
+	$slow->(1);
+	$id = kne_edit($node, 'Italy', 'Milan');
+	$node->poll_query_until('postgres', $stuck) or die;
+	$node->stop('fast');
+	$node->start;
+	$slow->(0);
+	is($node->safe_psql('postgres', "SELECT kne_wait($id)"), 'applied', 'a server that is stopped meanwhile stops, and ends the edit later');
+	is(violations($node), '', 'the rows hold');
+}
+$node->stop;
+
 # ---- disk ----
 
 SKIP:
 {
 	my $disk = $ENV{KNE_SMALL_DISK} // '';
 
-	skip 'no disk that can be filled (the tests run without the right to mount one)', 12 unless -d $disk;
+	skip 'no disk that can be filled (the tests run without the right to mount one)', 16 unless -d $disk;
 
 	# a table's disk is full: the solution cannot be written, the request waits
 	$node = kne_cluster('disk', initdb => ['--wal-segsize=1'], 'kne.idle_timeout' => '1min', 'log_line_prefix' => '%m [%p] <%e> ', 'min_wal_size' => '2MB', 'max_wal_size' => '32MB');
@@ -125,6 +156,17 @@ SKIP:
 	unlink "$disk/fill";
 	is($node->safe_psql('postgres', "SELECT kne_wait($id)"), 'applied', 'with room again, it is applied');
 	$node->safe_psql('postgres', 'ALTER TABLE kne.weight_delta SET TABLESPACE pg_default; DROP TABLESPACE small');
+
+	# an export's disk is full: no part of it stays
+	my $weights = -s $node->safe_psql('postgres', "SELECT path FROM kne.model WHERE name = 'm'") . '/model.safetensors';
+	$fill->();
+	truncate("$disk/fill", (-s "$disk/fill") - $weights / 2) or die $!;
+	isnt($node->psql('postgres', "SELECT kne_export('$disk/out')", stderr => \$err), 0, 'without room for a model it is not exported');
+	like($err, qr/ERROR: .*No space left/, 'the disk is said to be full');
+	is(join(' ', grep { !m{/(fill|space)$} } glob("$disk/* $disk/.[!.]*")), '', 'nothing is left of it');
+	unlink "$disk/fill";
+	like($node->safe_psql('postgres', "SELECT kne_export('$disk/out') ->> 'files'"), qr/model\.safetensors/, 'with room again, it is');
+	system_or_bail('rm', '-rf', "$disk/out");
 
 	# the disk of the WAL is full: the server stops, and loses nothing
 	$node->stop;
