@@ -266,6 +266,7 @@ kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err)
     if (!cu)
         return refuse(err, KNE_ERR_NOMEM, "out of memory");
     cu->device = device;
+    cu->has_bf16 = prop.major >= 8;
     cu->split_rows = 96;
     snprintf(cu->name, sizeof cu->name, "cuda:%d: %.80s (sm_%d%d), %.1f GiB", device, prop.name, prop.major,
              prop.minor, (double) prop.totalGlobalMem / (1 << 30));
@@ -298,6 +299,13 @@ kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err)
     }
     *out = be;
     return KNE_OK;
+}
+
+/* For tests: products by our own kernel, as where the library has none; or not. */
+extern "C" __attribute__((visibility("default"))) void
+kne_cuda_own_products(kne_backend *be, bool own)
+{
+    ((kne_cu *) be->ctx)->own_products = own;
 }
 
 /* For tests and measurements: products of at most so many rows carry activations in two halves (gemm.cu). */

@@ -59,6 +59,8 @@ typedef struct kne_cu
     kne_lt      *lt;
     kne_buffer   cast, scale, sum, row; /* grown when a pass needs more; gemm.cu, gemm.cu, gemm.cu, attention.cu */
     kne_cast     last;
+    bool         own_products; /* for tests: as if the library had none */
+    bool         has_bf16;   /* the library has products of bfloat16: from compute capability 8.0 on */
     int64_t      split_rows; /* products of no more rows carry activations in two halves (gemm.cu) */
 } kne_cu;
 
@@ -96,9 +98,9 @@ void        kne_cu_drop_graphs(kne_cu *cu);
 
 /*
  * C[m, n] = op(A) op(B) + beta C, column-major as the library has it: op(A) [m, k], op(B) [k, n]. A and B of one
- * type, C float, sums in float, never TF32. Failures are recorded.
+ * type, C float, sums in float, never TF32. Failures are recorded. False: the library has no such product.
  */
-void       kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
+bool       kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
                          const void *b, int64_t ldb, kne_dtype type, float *c, int64_t ldc, float beta);
 kne_status kne_lt_new(kne_lt **out, kne_err *err);
 void       kne_lt_free(kne_lt *lt);

@@ -22,7 +22,7 @@ typedef struct plan_key
 typedef struct plan
 {
     plan_key               key;
-    bool                   used;
+    bool                   used, none; /* none: the library has no such product */
     cublasLtMatmulDesc_t   op;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t   algo;
@@ -153,7 +153,13 @@ out:
     return rc;
 }
 
-/* The plan of a shape; made at the first call. */
+static bool
+has_none(cublasStatus_t rc)
+{
+    return rc == CUBLAS_STATUS_NOT_SUPPORTED || rc == CUBLAS_STATUS_INVALID_VALUE || rc == CUBLAS_STATUS_ARCH_MISMATCH;
+}
+
+/* The plan of a shape, made at the first call; NULL after a recorded failure. */
 static plan *
 plan_of(kne_cu *cu, const plan_key *key)
 {
@@ -172,11 +178,16 @@ plan_of(kne_cu *cu, const plan_key *key)
         i = key_hash(key) & (PLANS - 1);
     }
     rc = plan_make(lt, &lt->plans[i], key);
-    if (rc != CUBLAS_STATUS_SUCCESS)
+    if (has_none(rc))
+    {
+        plan_free(&lt->plans[i]);
+        lt->plans[i].none = true;
+    }
+    else if (rc != CUBLAS_STATUS_SUCCESS)
     {
         plan_free(&lt->plans[i]);
         kne_cu_fail(cu, rc == CUBLAS_STATUS_ALLOC_FAILED ? KNE_ERR_NOMEM : KNE_ERR_DEVICE,
-                    "cuBLASLt has no product of %lld x %lld x %lld: %s", (long long) key->m, (long long) key->n,
+                    "cuBLASLt failed to plan a product of %lld x %lld x %lld: %s", (long long) key->m, (long long) key->n,
                     (long long) key->k, cublasLtGetStatusString(rc));
         return NULL;
     }
@@ -186,7 +197,7 @@ plan_of(kne_cu *cu, const plan_key *key)
     return &lt->plans[i];
 }
 
-void
+bool
 kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
               const void *b, int64_t ldb, kne_dtype type, float *c, int64_t ldc, float beta)
 {
@@ -197,7 +208,7 @@ kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, con
     cublasStatus_t rc;
 
     if (!kne_cu_ready(cu))
-        return;
+        return true;
     memset(&key, 0, sizeof key); /* padding is part of what is hashed */
     key.m = m;
     key.n = n;
@@ -212,10 +223,13 @@ kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, con
     key.tb = tb;
     key.type = (uint8_t) type;
     p = plan_of(cu, &key);
-    if (!p)
-        return;
+    if (!p || p->none)
+        return !p;
     rc = cublasLtMatmul(cu->lt->handle, p->op, &one, a, p->a, b, p->b, &beta, c, p->c, c, p->c, &p->algo,
                         cu->lt->workspace, WORKSPACE, cu->stream);
-    if (rc != CUBLAS_STATUS_SUCCESS)
+    if (has_none(rc)) /* what it has chosen itself */
+        p->none = true;
+    else if (rc != CUBLAS_STATUS_SUCCESS)
         kne_cu_fail(cu, KNE_ERR_DEVICE, "a product failed: %s", cublasLtGetStatusString(rc));
+    return !p->none;
 }

@@ -303,10 +303,19 @@ cudaGetDeviceCount(int *n)
     return cudaSuccess;
 }
 
+static bool old_chip;
+
+/* A GPU opened from now on has no bfloat16, or has. */
+extern "C" void
+emul_old_chip(bool old)
+{
+    old_chip = old;
+}
+
 cudaError_t
 cudaGetDeviceProperties(cudaDeviceProp *p, int)
 {
-    *p = {"emulated on the host", 7, 5, memory()};
+    *p = {"emulated on the host", old_chip ? 7 : 8, old_chip ? 5 : 0, memory()};
     return cudaSuccess;
 }
 
@@ -518,12 +527,17 @@ kne_lt_free(kne_lt *)
 {
 }
 
-void
+bool
 kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda,
               const void *b, int64_t ldb, kne_dtype type, float *c, int64_t ldc, float beta)
 {
     if (!kne_cu_ready(cu))
-        return;
+        return true;
+    if (type == KNE_BF16 && !cu->has_bf16)
+    {
+        fprintf(stderr, "a product of bfloat16, which such a chip has not\n");
+        abort();
+    }
     emul_queue([=] {
         device_open(true);
         for (int64_t j = 0; j < n; j++)
@@ -538,4 +552,5 @@ kne_lt_matmul(kne_cu *cu, bool ta, bool tb, int64_t m, int64_t n, int64_t k, con
             }
         device_open(false);
     });
+    return true;
 }

@@ -43,21 +43,40 @@ open_gpu(kne_err *err)
     return kne_device_open("cuda", 0, &gpu, note, sizeof note, err);
 }
 
-/* kne_cuda.so is loaded by now, from beside this program. */
-static void
-split_rows(kne_backend *be, int64_t rows)
+/* A switch for tests in kne_cuda.so, which is loaded by now, from beside this program. */
+static void *
+switch_of(const char *name)
 {
     char    path[4096];
     ssize_t n = readlink("/proc/self/exe", path, sizeof path - sizeof "kne_cuda.so");
-    void   *lib;
-    void  (*set)(kne_backend *, int64_t);
+    void   *lib, *at;
 
     path[n > 0 ? n : 0] = '\0';
     strcpy(strrchr(path, '/') + 1, "kne_cuda.so");
     lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-    *(void **) &set = lib ? dlsym(lib, "kne_cuda_split_rows") : NULL;
-    if (check(set != NULL, "kne_cuda.so has its switch for tests"))
+    at = lib ? dlsym(lib, name) : NULL;
+    check(at != NULL, "kne_cuda.so has its switch %s", name);
+    return at;
+}
+
+static void
+split_rows(kne_backend *be, int64_t rows)
+{
+    void (*set)(kne_backend *, int64_t);
+
+    *(void **) &set = switch_of("kne_cuda_split_rows");
+    if (set)
         set(be, rows);
+}
+
+static void
+own_products(kne_backend *be, bool own)
+{
+    void (*set)(kne_backend *, bool);
+
+    *(void **) &set = switch_of("kne_cuda_own_products");
+    if (set)
+        set(be, own);
 }
 #else
 kne_status kne_cuda_backend_new(unsigned abi, int device, kne_backend **out, kne_err *err);
@@ -66,10 +85,13 @@ void       emul_lose_device(void);
 void       emul_set_poison(bool on);
 int        emul_allocated(void);
 int        emul_refuse_graphs(bool refuse);
+void       emul_old_chip(bool old);
 
 void       kne_cuda_split_rows(kne_backend *be, int64_t rows);
+void       kne_cuda_own_products(kne_backend *be, bool own);
 
 #define split_rows kne_cuda_split_rows
+#define own_products kne_cuda_own_products
 
 static kne_status
 open_gpu(kne_err *err)
@@ -81,6 +103,27 @@ open_gpu(kne_err *err)
 static void
 no_norm(void *ctx, float *y, float *rstd, const float *x, const float *w, float eps, int64_t n, int64_t d)
 {
+}
+
+/* A chip whose library has no product of bfloat16: ours does it, and an edit comes out the same. */
+static void
+test_old_chip(void)
+{
+    kne_backend *whole = gpu;
+    kne_err      err;
+    world       *w;
+
+    emul_old_chip(true);
+    if (check(open_gpu(&err) == KNE_OK, "a chip without bfloat16"))
+    {
+        test_products(1e-4);
+        w = world_new(&tiny_specs[1], 17, gpu); /* bfloat16 */
+        compare_jobs(w, "bfloat16", "without the library's", NULL, EDITS);
+        world_free(w);
+        gpu->close(gpu);
+    }
+    emul_old_chip(false);
+    gpu = whole;
 }
 
 /* Steps done from a record are the steps; and where nothing can be recorded, they are done all the same. */
@@ -169,10 +212,15 @@ main(int argc, char **argv)
     printf("# %s against %s\n", gpu->name, cpu->name);
     split_rows(gpu, 0); /* activations in one 16-bit half: what large passes do */
     test_products(1e-4);
+    own_products(gpu, true); /* what is done where the library has no product */
+    test_products(1e-7);
+    test_matmul_tn();
+    own_products(gpu, false);
     split_rows(gpu, 1 << 30);
     test_ops();
     test_edits(argc > 2 ? 1 : TINY_N_SPEC); /* "one": for the sanitizer, which is slow */
 #ifndef KNE_GPU_CHECK
+    test_old_chip();
     test_graphs();
     test_failures();
 #endif
