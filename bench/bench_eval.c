@@ -6,7 +6,7 @@
  * bench_eval MODEL SUITE.json - [options]               the same as JSON, or CounterFact, zsRE (MEND), KnowEdit
  *   --mode MODE[:EDITS],...        single: one at a time from the unedited model; batch: --batch N together; shared: the same with
  *                                  one delta for each batch; sequence: one on top of another; consolidated: a sequence, and once
- *                                  more all of it together from the unedited model
+ *                                  more all of it together from the unedited model (what fails keeps what it had)
  *   --edits N, --batch N, --seed S,..., --threads T, --options JSON (as kne_edit's), --fluency N (texts, 0)
  *   --variant "NAME {OPTIONS}"     instead of --options, as often as there are methods to compare
  *   --tsv SUITE                    lines of suite, mode, variant, seed, metric, value, probes; otherwise a Markdown table
@@ -453,6 +453,21 @@ typedef struct state
     int         n_active, *active; /* edits in force: also what held already, which has no delta */
 } state;
 
+static void
+put_delta(state *s, int64_t id, kne_delta *delta)
+{
+    int at = s->n++;
+
+    for (; at > 0 && s->id[at - 1] > id; at--)
+    {
+        s->id[at] = s->id[at - 1];
+        s->delta[at] = s->delta[at - 1];
+    }
+    s->id[at] = id;
+    s->delta[at] = delta;
+    delta->refs++;
+}
+
 /* Solve edits which[0 .. n) together on top of the state, and put them into it; shared: with one delta for all. */
 static void
 solve(state *s, const int *which, int n, bool shared, figures *f)
@@ -509,9 +524,7 @@ solve(state *s, const int *which, int n, bool shared, figures *f)
             s->active[s->n_active++] = which[i];
         if (!o->delta)
             continue;
-        o->delta->refs++;
-        s->id[s->n] = o->edit_id;
-        s->delta[s->n++] = o->delta;
+        put_delta(s, o->edit_id, o->delta);
     }
     if (kne_view_new(dev.model, dev.be, s->n, s->id, s->delta, &view, &err) != KNE_OK)
         die("view", &err);
@@ -533,6 +546,61 @@ reset(state *s)
         kne_view_free(s->view);
     s->view = base;
     s->n = s->n_active = 0;
+}
+
+/*
+ * All edits in force anew, as kne_consolidate does: those that are not reached together with the others keep the deltas that they
+ * have, and the others are solved again on top of those.
+ */
+static void
+solve_anew(state *s, figures *f)
+{
+    const int n_all = s->n_active;
+    int      *which = take((size_t) n_all, sizeof *which), *kept = take((size_t) n_all, sizeof *kept);
+    int      *lost = take((size_t) n_all, sizeof *lost), n = n_all, n_kept = 0;
+    state     old = *s;
+    double    cpu = 0;
+    kne_err   err;
+
+    s->id = take((size_t) n_edits, sizeof *s->id);
+    s->delta = take((size_t) n_edits, sizeof *s->delta);
+    memcpy(which, s->active, (size_t) n_all * sizeof *which);
+    s->view = base;
+    for (;;)
+    {
+        int left = 0, n_lost = 0;
+
+        reset(s);
+        for (int i = 0; i < n_kept; i++)
+        {
+            s->active[s->n_active++] = kept[i];
+            for (int k = 0; k < old.n; k++)
+                if (old.id[k] == kept[i] + 1)
+                    put_delta(s, old.id[k], old.delta[k]);
+        }
+        if (kne_view_new(dev.model, dev.be, s->n, s->id, s->delta, &s->view, &err) != KNE_OK)
+            die("view", &err);
+        memset(f, 0, sizeof *f);
+        if (n > 0)
+            solve(s, which, n, false, f);
+        cpu += f->sum[CPU_SECONDS];
+        for (int i = 0, at = n_kept; i < n; i++) /* solve added those that are reached, in their order */
+            if (at < s->n_active && s->active[at] == which[i])
+                which[left++] = s->active[at++];
+            else
+                lost[n_lost++] = which[i];
+        memcpy(kept + n_kept, lost, (size_t) n_lost * sizeof *kept);
+        n_kept += n_lost;
+        if (left == n)
+            break;
+        n = left;
+    }
+    f->sum[CPU_SECONDS] = cpu;
+    f->n[CPU_SECONDS] = n_all;
+    f->sum[FAILED] = n_kept;
+    f->n[FAILED] = n_all;
+    reset(&old);
+    free(old.id), free(old.delta), free(which), free(kept), free(lost);
 }
 
 static void
@@ -659,12 +727,7 @@ run(const char *mode, const char *variant)
     report(&f, consolidate ? "sequence" : name, variant);
     if (consolidate)
     {
-        int n = s.n_active;
-
-        memcpy(which, s.active, (size_t) n * sizeof *which);
-        reset(&s);
-        memset(&f, 0, sizeof f);
-        solve(&s, which, n, false, &f);
+        solve_anew(&s, &f);
         judge(&f, s.view, 0, n_edits);
         report(&f, name, variant);
     }

@@ -198,6 +198,8 @@ extern void kne_put_edit_body(kne_wbuf *w, KneModel *model, const char *options_
 /* What the profiles alone make of a model's options, as JSON text; NULL: no more than the defaults. See kne_options_resolve. (profile.c) */
 extern char *kne_options_resolved(int32 model_id, const char *fallback);
 
+/* Text in the server's encoding, sent as UTF-8. */
+extern void kne_put_text(kne_wbuf *w, const char *s);
 /* Append the texts of kne.health_text: n * str; returns n. */
 extern int kne_put_health_texts(kne_wbuf *w);
 /* How many edits with these options (JSON text or NULL) may be solved together for their rows to stay within kne.batch_bytes; at least 1. */

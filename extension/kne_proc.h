@@ -154,6 +154,7 @@ typedef struct KneBatch
     int              n, open; /* open: how many verdicts are not written yet */
     KneJob          *job;
     int64           *edit_id;
+    int              n_kept; /* of a consolidation: jobs behind the n, which keep the solution they have */
     int64            unit;          /* its edits are applied together or not at all; 0: each by itself */
     int64            consolidation; /* 0: a batch of edits */
     bool             automatic, gave_way;
@@ -198,9 +199,12 @@ extern double kne_death_delay(int deaths);
 extern KneBatch *kne_consolidation_claim(bool automatic);
 /* ERROR 57014 when it is cancelled, or gives way. Opens a transaction. */
 extern void kne_consolidation_look(KneBatch *batch);
-extern void kne_consolidation_outcome(KneBatch *batch);
+/* True: some edits keep what they have, and the others are to be solved again on top of that. */
+extern bool kne_consolidation_outcome(KneBatch *batch);
 extern void kne_consolidation_judge(KneBatch *batch, const ErrorData *e, const char *error);
 extern void kne_consolidation_record(KneBatch *batch);
+/* Of the edits that keep their solution, those that the model no longer answers join the disturbed facts. Opens a transaction. */
+extern void kne_consolidation_look_after(KneBatch *batch);
 extern bool kne_repair_consolidations(const int64 *in_hand, int n_in_hand);
 /* In a transaction: queue what kne.autoconsolidate calls for. */
 extern void kne_autoconsolidate_queue(void);

@@ -86,9 +86,6 @@ extern void kne_options_from_text(const char *json, kne_options *out);
 /* The same of options that were checked by another version: what this one does not allow is passed by. */
 extern void kne_options_known(const char *json, kne_options *out);
 
-/* Text in the server's encoding, sent as UTF-8. */
-extern void kne_put_text(kne_wbuf *w, const char *s);
-
 /* Would nobody ever run what is being queued? A WARNING, once a transaction. ERROR when kne is not preloaded. */
 extern void kne_warn_if_idle(void);
 /* kne_revert, without its identity. */

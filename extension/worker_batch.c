@@ -339,7 +339,7 @@ while_computing(void *arg)
         look_again = !look_for_cancelled(batch);
 }
 
-/* The model that the batch starts from: without the edits that it would supersede, or without any to consolidate. */
+/* The model that the batch starts from: without the edits that it would supersede, or without those to consolidate. */
 static KneView *
 view_before(KneBatch *batch)
 {
@@ -352,7 +352,7 @@ view_before(KneBatch *batch)
     int64  *without;
 
     if (batch->consolidation)
-        return kne_view_base(kne_model_by_id(batch->model_id));
+        return kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, batch->edit_id, batch->n);
     value = kne_int8_array(batch->edit_id, batch->n);
     n = kne_sql(same_facts, 1, &type, &value, NULL);
     without = palloc(sizeof(int64) * Max(n, 1));
@@ -361,7 +361,8 @@ view_before(KneBatch *batch)
     return kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, without, (int) n);
 }
 
-static void
+/* True: once more, with what is left of a consolidation. */
+static bool
 compute(KneBatch *batch)
 {
     KneEditSpec *spec = palloc(sizeof(KneEditSpec) * batch->n);
@@ -390,8 +391,7 @@ compute(KneBatch *batch)
     kne_begin();
     kne_read_outcomes(batch, &reply, w.p + after_view, w.len - after_view);
     kne_commit();
-    if (batch->consolidation)
-        kne_consolidation_outcome(batch);
+    return batch->consolidation && kne_consolidation_outcome(batch);
 }
 
 /* ---------------------------------------------------------------- a batch that did not come back */
@@ -506,7 +506,8 @@ kne_batch_run(KneBatch *batch)
     MemoryContextSwitchTo(batch->mcxt);
     PG_TRY();
     {
-        compute(batch);
+        while (compute(batch))
+            ;
         clear_fault(batch->model_id);
         if (batch_limit < kne_batch_size && !batch->consolidation)
             batch_limit *= 2;

@@ -2,8 +2,8 @@
  * worker_consolidate.c - consolidations: the second kind of batch of the editing worker.
  *
  * All active edits of a model are solved together anew, from the unedited base, and their new generation takes the place of the
- * old one in a single transaction. Claim, compute (worker_batch.c) and finish are as for edits, but there is one verdict
- * for all: either each edit is reached and every activation changes, or none does.
+ * old one in a single transaction. Claim, compute (worker_batch.c) and finish are as for edits. Edits that are not reached together
+ * with the others keep the solution that they have: the others are solved again on top of those, until all that are left are reached.
  *
  * Invariant: what is written was computed from exactly the (edit, generation) pairs that it replaces. They are compared under the
  * model's lock, with the rows of the edits locked; if a revert came in between, the consolidation is abandoned.
@@ -125,27 +125,57 @@ kne_consolidation_look(KneBatch *batch)
         ereport(ERROR, (errcode(ERRCODE_QUERY_CANCELED), errmsg("the consolidation was stopped")));
 }
 
-/* What the engine answered, edit by edit, makes one verdict. */
-void
+/* Moves the jobs that failed behind the others. Returns how many go on: 0 too when nothing had to be solved for any of these. */
+static int
+keep_failed(KneBatch *batch)
+{
+    KneJob *failed = palloc(sizeof(KneJob) * batch->n);
+    int     i, n = 0, n_failed = 0, solved = 0;
+
+    for (i = 0; i < batch->n; i++)
+        if (batch->job[i].verdict == KNE_FAIL)
+            failed[n_failed++] = batch->job[i];
+        else
+        {
+            solved += !batch->job[i].holds;
+            batch->job[n++] = batch->job[i];
+        }
+    memcpy(batch->job + n, failed, sizeof(KneJob) * n_failed);
+    for (i = 0; i < batch->n; i++)
+        batch->edit_id[i] = batch->job[i].spec.edit_id;
+    pfree(failed);
+    return n_failed == 0 || solved > 0 ? n : 0;
+}
+
+bool
 kne_consolidation_outcome(KneBatch *batch)
 {
-    int i;
+    KneJob *whole = &batch->whole;
+    int     i, n;
 
-    batch->whole.verdict = KNE_APPLY;
-    for (i = 0; i < batch->n; i++)
-    {
-        const KneJob *job = &batch->job[i];
-
-        if (job->verdict == KNE_APPLY)
-            continue;
-        batch->whole.verdict = job->verdict;
-        batch->whole.error = job->verdict == KNE_FAIL
-            ? psprintf("edit " INT64_FORMAT " is not reached together with the others: %s", job->spec.edit_id, job->error)
-            : NULL;
-        if (job->verdict == KNE_FAIL)
-            break;
-    }
     batch->open = 1;
+    whole->verdict = KNE_APPLY;
+    for (i = 0; i < batch->n; i++)
+        if (batch->job[i].verdict == KNE_REQUEUE)
+        {
+            whole->verdict = KNE_REQUEUE;
+            return false;
+        }
+    n = keep_failed(batch);
+    if (n == 0)
+    {
+        whole->verdict = KNE_FAIL;
+        whole->error = psprintf("edit " INT64_FORMAT " is not reached together with the others: %s",
+                                batch->edit_id[batch->n - 1], batch->job[batch->n - 1].error);
+        return false;
+    }
+    if (n == batch->n)
+        return false;
+    ereport(LOG, (errmsg("kne: consolidation " INT64_FORMAT ": %d of %d edits keep their solution", batch->consolidation,
+                         batch->n - n + batch->n_kept, batch->n + batch->n_kept)));
+    batch->n_kept += batch->n - n;
+    batch->n = n;
+    return true;
 }
 
 /* The engine did not answer. */
@@ -203,17 +233,18 @@ kne_consolidation_judge(KneBatch *batch, const ErrorData *e, const char *error)
 /* ---------------------------------------------------------------- finish */
 
 static void
-end_consolidation(int64 id, const char *state, const KneJob *whole, double seconds)
+end_consolidation(int64 id, const char *state, const KneJob *whole, double seconds, int kept)
 {
     static const char sql[] =
-        "UPDATE kne.consolidation SET state = $2, error = $3, deaths = deaths + $4,"
+        "UPDATE kne.consolidation SET state = $2, error = $3, deaths = deaths + $4, kept = $7,"
         " seconds = CASE WHEN $2 = 'applied' THEN $5 END,"
         " finished_at = CASE WHEN $2 <> 'pending' THEN clock_timestamp() END,"
         " started_at = CASE WHEN $2 <> 'pending' THEN started_at END,"
         " not_before = CASE WHEN $2 = 'pending' AND $6 > 0 THEN clock_timestamp() + $6 * '1 second'::interval END"
         " WHERE consolidation_id = $1";
-    static const Oid types[] = {INT8OID, TEXTOID, TEXTOID, INT4OID, FLOAT8OID, FLOAT8OID};
-    Datum values[6];
+    static const Oid types[] = {INT8OID, TEXTOID, TEXTOID, INT4OID, FLOAT8OID, FLOAT8OID, INT4OID};
+    Datum values[7];
+    char  nulls[] = "       ";
 
     values[0] = Int64GetDatum(id);
     values[1] = CStringGetTextDatum(state);
@@ -221,7 +252,10 @@ end_consolidation(int64 id, const char *state, const KneJob *whole, double secon
     values[3] = Int32GetDatum(whole->death ? 1 : 0);
     values[4] = Float8GetDatum(seconds);
     values[5] = Float8GetDatum(whole->delay);
-    kne_sql(sql, 6, types, values, whole->error ? NULL : "  n   ");
+    values[6] = Int32GetDatum(kept);
+    nulls[2] = whole->error ? ' ' : 'n';
+    nulls[6] = whole->verdict == KNE_APPLY ? ' ' : 'n';
+    kne_sql(sql, 7, types, values, nulls);
 }
 
 /* Locks the edits, as revert does, and compares: are the pairs in force those that the batch replaces? */
@@ -235,14 +269,15 @@ pairs_unchanged(const KneBatch *batch)
         " FULL JOIN unnest($1, $2) b (edit_id, generation) ON b.edit_id = a.edit_id AND b.generation = a.generation"
         " WHERE a.edit_id IS NULL OR b.edit_id IS NULL LIMIT 1";
     static const Oid types[] = {INT8ARRAYOID, INT4ARRAYOID, INT4OID};
-    int32 *generation = palloc(sizeof(int32) * batch->n);
-    Datum  values[3];
-    int    i;
+    const int n = batch->n + batch->n_kept;
+    int32    *generation = palloc(sizeof(int32) * n);
+    Datum     values[3];
+    int       i;
 
-    for (i = 0; i < batch->n; i++)
+    for (i = 0; i < n; i++)
         generation[i] = batch->job[i].replaces;
-    values[0] = kne_int8_array(batch->edit_id, batch->n);
-    values[1] = kne_int4_array(generation, batch->n);
+    values[0] = kne_int8_array(batch->edit_id, n);
+    values[1] = kne_int4_array(generation, n);
     values[2] = Int32GetDatum(batch->model_id);
     kne_sql(lock, 1, types, values, NULL);
     return kne_sql(compare, 3, types, values, NULL) == 0;
@@ -290,6 +325,25 @@ replace_pairs(KneBatch *batch)
     kne_sql(start, 3, types, values, NULL);
 }
 
+/* What the history says of the edits that have no new generation. */
+static void
+note_kept(const KneBatch *batch)
+{
+    int i;
+
+    for (i = batch->n; i < batch->n + batch->n_kept; i++)
+    {
+        const KneJob  *job = &batch->job[i];
+        StringInfoData detail;
+
+        kne_json_open(&detail);
+        kne_json_int(&detail, "consolidation", batch->consolidation);
+        kne_json_int(&detail, "generation", job->replaces);
+        kne_json_text(&detail, "error", job->error);
+        kne_event(job->spec.edit_id, "kept", kne_json_close(&detail));
+    }
+}
+
 /* In a transaction. False: something is locked. */
 static bool
 write_consolidation(KneBatch *batch)
@@ -309,11 +363,14 @@ write_consolidation(KneBatch *batch)
         whole->error = "the set of active edits changed meanwhile";
     }
     if (whole->verdict == KNE_APPLY)
+    {
         replace_pairs(batch);
+        note_kept(batch);
+    }
     end_consolidation(batch->consolidation,
                       whole->verdict == KNE_APPLY ? "applied" : whole->verdict == KNE_FAIL ? "failed"
                       : whole->verdict == KNE_ABANDON ? "abandoned" : "pending",
-                      whole, batch->attribute_seconds + batch->optimise_seconds);
+                      whole, batch->attribute_seconds + batch->optimise_seconds, batch->n_kept);
     return true;
 }
 
@@ -366,6 +423,52 @@ kne_consolidation_record(KneBatch *batch)
         batch->job[i].applied = whole->verdict == KNE_APPLY;
 }
 
+void
+kne_consolidation_look_after(KneBatch *batch)
+{
+    KneKnown *disturbed = palloc0(sizeof(KneKnown) * (batch->n_disturbed + batch->n_kept));
+    KneView  *view;
+    KneReply  reply;
+    kne_wbuf  w;
+    int       i, k, n = batch->n_disturbed;
+
+    if (batch->whole.verdict != KNE_APPLY)
+        return;
+    kne_begin();
+    view = kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, NULL, 0);
+    kne_wbuf_init(&w);
+    kne_put_view(&w, view);
+    kne_put_u32(&w, (uint32) batch->n_kept);
+    for (i = 0; i < batch->n_kept; i++)
+    {
+        const KneJob *job = &batch->job[batch->n + i];
+
+        disturbed[n + i].edit_id = job->spec.edit_id;
+        disturbed[n + i].object = job->spec.object;
+        disturbed[n + i].prompt = kne_prompt(job->spec.subject, job->spec.relation);
+        kne_put_text(&w, disturbed[n + i].prompt);
+        kne_put_text(&w, job->spec.object);
+    }
+    kne_commit();
+    if (n > 0)
+        memcpy(disturbed, batch->disturbed, sizeof(KneKnown) * n);
+    kne_call_view(view, KNE_MSG_KNOWS, &w, NULL, NULL, &reply);
+    if (kne_get_count(&reply.body, 1) != (uint32) batch->n_kept)
+        ereport(ERROR, (errcode(ERRCODE_PROTOCOL_VIOLATION), errmsg("the kne engine sent a malformed answer")));
+    for (i = 0; i < batch->n_kept; i++)
+    {
+        const bool holds = kne_get_u8(&reply.body) != 0;
+
+        for (k = 0; k < batch->n_disturbed && disturbed[k].edit_id != batch->job[batch->n + i].spec.edit_id; k++)
+            ;
+        if (!holds && k == batch->n_disturbed)
+            disturbed[n++] = disturbed[batch->n_disturbed + i];
+    }
+    kne_reply_done(&reply);
+    batch->disturbed = disturbed;
+    batch->n_disturbed = n;
+}
+
 /* As kne_repair_orphans: what is running when the worker starts runs nowhere. */
 bool
 kne_repair_consolidations(const int64 *in_hand, int n_in_hand)
@@ -392,7 +495,7 @@ kne_repair_consolidations(const int64 *in_hand, int n_in_hand)
         whole[i].death = true;
         whole[i].error = "the worker or the server died while it ran";
         whole[i].delay = kne_death_delay(whole[i].deaths + 1);
-        end_consolidation(id[i], whole[i].deaths >= KNE_DEATHS_ALONE ? "failed" : "pending", &whole[i], 0);
+        end_consolidation(id[i], whole[i].deaths >= KNE_DEATHS_ALONE ? "failed" : "pending", &whole[i], 0, 0);
     }
     kne_sql(left, 1, &type, &mine, NULL);
     return kne_sql_int8(0, 1) == 0;

@@ -647,12 +647,14 @@ write_disturbed(const KneBatch *batch)
 }
 
 static void
-record_disturbed(const KneBatch *batch)
+record_disturbed(KneBatch *batch)
 {
     MemoryContext caller = CurrentMemoryContext;
 
     PG_TRY();
     {
+        if (batch->n_kept > 0)
+            kne_consolidation_look_after(batch);
         kne_begin();
         write_disturbed(batch);
         kne_commit();
@@ -705,7 +707,7 @@ kne_record(KneBatch *batch)
         batch->rounds++;
         batch->retry_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), wait);
     }
-    else if (batch->n_disturbed > 0)
+    else if (batch->n_disturbed > 0 || batch->n_kept > 0)
     {
         record_disturbed(batch);
         batch->n_disturbed = 0;

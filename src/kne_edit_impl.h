@@ -38,6 +38,7 @@ typedef struct edit
     int32_t             *mine;     /* (n) row in the anchors' gradient */
     int32_t              row;      /* its rows among those of the batch: [row, row + n) */
     const float         *delta[N_MATRICES]; /* (n, d) at the end, of the host; NULL: does not move */
+    uint8_t              rest, pause; /* arrived: rounds left to sit out, and how many it sat out last */
     bool                 cleared;  /* it has ended, and its delta is zero again */
     double               w_norm;   /* Frobenius norm of the ensemble's base rows that move */
     int32_t              row0, row1, out0; /* its rows and first out row in the current pass */

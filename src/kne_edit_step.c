@@ -4,8 +4,8 @@
  * Every pass uses W + the view's deltas + the sum of the batch's deltas, rounded to the model's
  * format, so what is optimised is what will be served. The delta of an edit takes only the gradient
  * of its own sequences (its prompts, its anchors), masked by its ensemble: the edits stay
- * separable and each can be reverted alone. An edit that is reached leaves the passes; when all have, they are
- * run once more together and those that others disturbed go on.
+ * separable and each can be reverted alone. An edit that is reached stands still and is looked at now and then; when all are, they
+ * are run once more together. Those that others disturbed go on, with shorter steps.
  */
 #include "kne_edit_impl.h"
 
@@ -15,6 +15,8 @@
 
 #define PASS_ROWS 1024
 #define ANCHOR_BYTES ((size_t) 1 << 30) /* of the anchors' distributions */
+#define STAYS 0.85 /* share of the probability asked for, above which an edit that was reached stays so */
+#define SHORTEST 0.125 /* step of an edit, in units of lr */
 #define ANCHOR_QUIET 1e-3 /* divergence at a position, below which an anchor need not be seen every round */
 
 /* ---- layout ---- */
@@ -131,13 +133,18 @@ layout(batch *b)
 
 /* ---- passes ---- */
 
-/* Is every token of every prompt of the edit, from out row `out`, the argmax with enough probability. */
+/*
+ * Is every token of every prompt of the edit, from out row `out`, the argmax with enough probability. Less is enough to stay so: edits
+ * that stop at one threshold and are judged by the same would undo one another without end.
+ */
 static bool
 reached(const batch *b, const edit *e, int32_t out)
 {
+    const double enough = b->opt.probability * (e->state == EDIT_REACHED ? STAYS : 1);
+
     for (int32_t p = 0; p < e->spec->n_prompts; p++)
         for (int32_t j = e->prompt[p].n_prompt; j < e->prompt[p].n; j++, out++)
-            if (b->best[out] != b->pack.target[out] || !(exp((double) b->logp[out]) >= b->opt.probability)) /* NaN is no answer */
+            if (b->best[out] != b->pack.target[out] || !(exp((double) b->logp[out]) >= enough)) /* NaN is no answer */
                 return false;
     return true;
 }
@@ -309,6 +316,24 @@ replayed(batch *b, int kind, kne_status (*ops)(batch *, int32_t, bool, kne_err *
     return be->status(be->ctx, err);
 }
 
+/* One that others undid has not far to go: shorter steps, lest it undo them. */
+static void
+arrive(const batch *b, edit *e)
+{
+    const bool was = e->state == EDIT_REACHED;
+
+    e->state = reached(b, e, e->out0) ? EDIT_REACHED : EDIT_ACTIVE;
+    if (e->state == EDIT_REACHED)
+        e->pause = was && e->pause ? 4 : 1;
+    else
+    {
+        e->pause = 0;
+        if (was)
+            e->pace = fmax(e->pace / 2, SHORTEST);
+    }
+    e->rest = e->pause;
+}
+
 /* What came out: the edits' losses and states, the anchors' divergence and their turn to rest. */
 static void
 read_losses(batch *b, bool learn)
@@ -331,7 +356,7 @@ read_losses(batch *b, bool learn)
         edit   *e = b->turn[i];
         int32_t out = e->out0;
 
-        e->state = reached(b, e, out) ? EDIT_REACHED : EDIT_ACTIVE;
+        arrive(b, e);
         e->loss = 0;
         for (int32_t k = 0; k < e->n_outs; k++)
         {
@@ -362,7 +387,7 @@ next_step(const batch *b, edit *e)
         return m;
     }
     if (5 * e->out->steps > b->opt.max_steps)
-        e->pace = e->loss < e->last_loss ? fmin(e->pace * 1.1, 8) : fmax(e->pace / 2, 0.125);
+        e->pace = e->loss < e->last_loss ? fmin(e->pace * 1.1, 8) : fmax(e->pace / 2, SHORTEST);
     e->last_loss = e->loss;
     m.rate = (float) (b->opt.lr * e->pace * e->w_norm * factor);
     return m;
@@ -478,16 +503,21 @@ fill_anchors(batch *b, int32_t *next)
     a->rows = b->pack.b.n;
 }
 
-/* Add edits of the wanted state to the pack, from *next on. */
+/* Add edits to the pack, from *next on: all that are reached, or those that are not and of the others those whose rest is over. */
 static void
-fill_edits(batch *b, edit_state wanted, int32_t *next)
+fill_edits(batch *b, bool check, int32_t *next)
 {
     for (; *next < b->job->n_edits; (*next)++)
     {
         edit *e = &b->edit[*next];
 
-        if (e->state != wanted)
+        if (e->state == EDIT_ENDED)
             continue;
+        if (e->state == EDIT_REACHED && !check && e->rest)
+        {
+            e->rest--;
+            continue;
+        }
         if (!kne_pack_room(&b->pack, e->n_rows, e->spec->n_prompts, e->n_outs))
             break;
         kne_pack_group(&b->pack);
@@ -620,7 +650,7 @@ kne_batch_optimise(batch *b, kne_err *err)
             while (st == KNE_OK && next < job->n_edits)
             {
                 clear_pass(b);
-                fill_edits(b, EDIT_REACHED, &next);
+                fill_edits(b, true, &next);
                 if (b->n_turn && (st = run_pass(b, false, err)) == KNE_OK)
                     st = kne_batch_pause(b, err);
             }
@@ -643,7 +673,7 @@ kne_batch_optimise(batch *b, kne_err *err)
             clear_pass(b);
             fill_anchors(b, &next_anchor);
             if (next_anchor == b->anchors.n)
-                fill_edits(b, EDIT_ACTIVE, &next);
+                fill_edits(b, false, &next);
             if (b->pack.b.n == 0)
                 break;
             b->more = next < job->n_edits;

@@ -87,7 +87,8 @@ SELECT 'a solution of a consolidation that was applied', s.edit_id, s.generation
 FROM kne.solution s JOIN kne.consolidation c USING (consolidation_id) WHERE c.state <> 'applied'
 UNION ALL
 SELECT 'a consolidation is whole', NULL, c.consolidation_id || ': ' || c.edits
-FROM kne.consolidation c WHERE c.state = 'applied' AND c.edits <> (SELECT count(*) FROM kne.solution s WHERE s.consolidation_id = c.consolidation_id)
+FROM kne.consolidation c WHERE c.state = 'applied' AND c.edits - coalesce(c.kept, 0) <>
+    (SELECT count(*) FROM kne.solution s WHERE s.consolidation_id = c.consolidation_id)
 AND c.edits <> 0
 UNION ALL
 SELECT 'in force is the newest solution', a.edit_id, a.generation::text FROM kne.activation a
