@@ -356,7 +356,10 @@ write_consolidation(KneBatch *batch)
     if (whole->verdict == KNE_APPLY && !kne_lock_model(batch->model_id, false))
         return false;
     if (kne_sql(lock, 1, &type, &id, NULL) == 0 || strcmp(kne_sql_text(0, 1), "running") != 0)
-        return true; /* cancelled, or gone with its model */
+    {
+        whole->verdict = KNE_DONE; /* cancelled, or gone with its model */
+        return true;
+    }
     if (whole->verdict == KNE_APPLY && !pairs_unchanged(batch))
     {
         whole->verdict = KNE_ABANDON;
