@@ -5,7 +5,8 @@
  * operations at the measured rate, whichever takes longer. Links nothing but libc and libm (see kernels/kernels.mk).
  *
  * gpu_bench [DEVICE [SHAPE]]   DEVICE: cuda; SHAPE: part of a name below, all of them without
- * With KNE_FIGURES in the environment, also writes `SHAPE<TAB>step, edit or batch<TAB>milliseconds` to the file it names.
+ * With KNE_FIGURES in the environment, also writes `SHAPE<TAB>WHAT<TAB>NUMBER` to the file it names: milliseconds of step, edit, six
+ * and batch; and of the edit that gpu_peer_torch.py does, "plain", its milliseconds, its steps, P before and loss of the last step.
  */
 #include "kne_attrib.h"
 #include "kne_device.h"
@@ -27,15 +28,18 @@
      .position = KNE_POS_ROPE_HALF, .rotary_dim = hd, .rope_theta = theta, .act = KNE_ACT_SILU, .gated = true,  \
      .qkv = KNE_QKV_SEPARATE, .tied_head = bound, .bos_id = -1, .eos_id = -1}
 
+#define GPT2(L, d, H, f, V)                                                                                     \
+    {.n_layers = L, .d_model = d, .n_heads = H, .n_kv_heads = H, .head_dim = d / H, .d_ff = f, .vocab_size = V, \
+     .n_ctx = 512, .norm = KNE_LAYERNORM, .norm_eps = 1e-5f, .block = KNE_BLOCK_SEQUENTIAL,                     \
+     .position = KNE_POS_LEARNED, .act = KNE_ACT_GELU_TANH, .conv1d = true, .qkv = KNE_QKV_THIRDS,              \
+     .tied_head = true, .bos_id = -1, .eos_id = -1}
+
 static const struct { const char *name; kne_arch a; } shapes[] = {
     {"Llama-2-7B", LLAMA(32, 4096, 32, 32, 128, 11008, 32000, 1e4, false)},
     {"Llama-3-8B", LLAMA(32, 4096, 32, 8, 128, 14336, 128256, 5e5, false)},
-    {"GPT-2 XL",
-     {.n_layers = 48, .d_model = 1600, .n_heads = 25, .n_kv_heads = 25, .head_dim = 64, .d_ff = 6400,
-      .vocab_size = 50257, .n_ctx = 512, .norm = KNE_LAYERNORM, .norm_eps = 1e-5f, .block = KNE_BLOCK_SEQUENTIAL,
-      .position = KNE_POS_LEARNED, .act = KNE_ACT_GELU_TANH, .conv1d = true, .qkv = KNE_QKV_THIRDS,
-      .tied_head = true, .bos_id = -1, .eos_id = -1}},
+    {"GPT-2 XL", GPT2(48, 1600, 25, 6400, 50257)},
     {"smoke", LLAMA(3, 64, 4, 2, 16, 160, 64, 1e4, true)}, /* to see that this program works; only by name */
+    {"smoke, GPT-2", GPT2(3, 64, 4, 640, 80)},
 };
 
 static kne_backend *be;
@@ -43,10 +47,10 @@ static FILE        *figures; /* may be NULL */
 static const char  *shape_name;
 
 static void
-figure(const char *what, double seconds)
+figure(const char *what, double number)
 {
     if (figures)
-        fprintf(figures, "%s\t%s\t%.3f\n", shape_name, what, seconds * 1e3);
+        fprintf(figures, "%s\t%s\t%.6g\n", shape_name, what, number);
 }
 
 static void
@@ -56,6 +60,17 @@ need(kne_status st, const kne_err *err)
         return;
     fprintf(stderr, "gpu_bench: %s. %s\n", err->msg, err->detail);
     exit(1);
+}
+
+/* False, said in the table: the device has no room for it. Other failures end the program. */
+static bool
+fits(kne_status st, const kne_err *err, const char *what)
+{
+    if (st == KNE_ERR_NOMEM)
+        printf("| %s | does not fit | | %s |\n", what, err->detail);
+    else
+        need(st, err);
+    return st == KNE_OK;
 }
 
 static int
@@ -162,7 +177,9 @@ ceilings(void)
 
     for (int64_t i = 0; i < r * r; i++)
         some[i] = (uint16_t) ((kne_random_next(&seed) & 0x807f) | 0x3c00);
-    for (int rep = 0; rep < 6 && x && y; rep++)
+    if (!x || !y)
+        need(kne_error(&err, KNE_ERR_NOMEM, "no room for two buffers of %lld MB", (long long) n >> 18), &err);
+    for (int rep = 0; rep < 6; rep++)
     {
         double t0 = kne_now(), t;
 
@@ -173,7 +190,7 @@ ceilings(void)
         bandwidth = t > bandwidth ? t : bandwidth;
     }
     be->put(be->ctx, x, some, (size_t) (r * r) * 2);
-    for (int rep = 0; rep < 6 && x && y; rep++)
+    for (int rep = 0; rep < 6; rep++)
     {
         double t0 = kne_now(), t;
 
@@ -184,10 +201,8 @@ ceilings(void)
         arithmetic = t > arithmetic ? t : arithmetic;
     }
     free(some);
-    if (x)
-        be->release(be->ctx, x);
-    if (y)
-        be->release(be->ctx, y);
+    be->release(be->ctx, x);
+    be->release(be->ctx, y);
     need(be->status(be->ctx, &err), &err);
     printf("Ceilings of this run: %.0f GB/s (y += x over 3 GB), %.1f TFLOP/s (a bfloat16 product of %lld cubed, its cast included).\n\n",
            bandwidth * 1e-9, arithmetic * 1e-12, (long long) r);
@@ -239,8 +254,9 @@ passes(const kne_model *m, int n_seq)
     }
     kne_batch b = {.n = n, .n_seq = n_seq, .n_out = n_seq, .id = id, .pos = pos, .seq = seq, .out_row = out};
 
-    need(kne_work_new(m, (kne_work_shape) {n, n_seq, 0, true}, &w, &err), &err);
-    for (int i = 0; i < 15; i++)
+    const bool room = fits(kne_work_new(m, (kne_work_shape) {n, n_seq, 0, true}, &w, &err), &err, "forward + backward");
+
+    for (int i = 0; i < 15 && room; i++)
     {
         t[i] = kne_now();
         need(kne_forward(m, be, w, &b, NULL, NULL, 0, &err), &err);
@@ -250,9 +266,11 @@ passes(const kne_model *m, int n_seq)
         need(be->status(be->ctx, &err), &err);
         t[i] = kne_now() - t[i];
     }
-    qsort(t + 3, 12, sizeof *t, by_value);
+    if (room)
+        qsort(t + 3, 12, sizeof *t, by_value);
     flop = 2 * pass_flop(m, n, n_seq);
-    printf("| forward + backward, %d x %d tokens | %.2f ms | %.2f ms | %.0f %% of bandwidth, %.0f %% of arithmetic |\n", n_seq, TOKENS,
+    if (room)
+        printf("| forward + backward, %d x %d tokens | %.2f ms | %.2f ms | %.0f %% of bandwidth, %.0f %% of arithmetic |\n", n_seq, TOKENS,
            t[9] * 1e3, fmax(2 * bytes / bandwidth, flop / arithmetic) * 1e3, 200 * bytes / t[9] / bandwidth,
            100 * flop / t[9] / arithmetic);
     kne_work_free(w);
@@ -265,12 +283,37 @@ passes(const kne_model *m, int n_seq)
     free(seq);
 }
 
-/* ---- edits; name: an option that is set to string, or to 0 ---- */
+/* ---- edits; set: options, "name=value ..." ---- */
+
+#define PLAIN "select=attribution contrast=0 protect=0"
+
+static void
+set_options(kne_options *o, const char *set)
+{
+    char    name[32], value[32], *end;
+    int     used;
+    kne_err err;
+
+    for (; set && sscanf(set, " %31[^=]=%31s%n", name, value, &used) == 2; set += used)
+    {
+        const double number = strtod(value, &end);
+
+        need(kne_option_set(o, name, *end ? KNE_JSON_STRING : KNE_JSON_NUMBER, number, value, &err), &err);
+    }
+}
 
 static char prompt[BATCH + KNOWN][TOKENS];
 
+/* The loss of the last step. */
 static void
-edits(const kne_model *m, const kne_view *view, const char *what, int n, const char *name, const char *string)
+keep_loss(void *ctx, int phase, int done, int total, float loss, int reached)
+{
+    if (phase == KNE_PHASE_OPTIMISE && loss != 0)
+        *(double *) ctx = loss;
+}
+
+static void
+edits(const kne_model *m, const kne_view *view, const char *what, int n, const char *set)
 {
     kne_known             known[KNOWN];
     kne_edit_spec         spec[BATCH];
@@ -280,7 +323,7 @@ edits(const kne_model *m, const kne_view *view, const char *what, int n, const c
     kne_edit_result      *r = NULL;
     kne_edit_job          job = {.model = m, .backend = be, .view = view, .n_known = KNOWN, .known = known, .n_edits = n, .edit = spec};
     kne_err               err;
-    double                t = 0, attribute = 0, optimise = 0;
+    double                t = 0, attribute = 0, optimise = 0, loss = 0;
     int                   steps = 0;
 
     for (int i = 0; i < BATCH + KNOWN; i++)
@@ -303,8 +346,8 @@ edits(const kne_model *m, const kne_view *view, const char *what, int n, const c
     kne_options_defaults(&job.options);
     job.options.max_steps = STEPS;
     job.options.probability = 0.99;
-    if (name)
-        need(kne_option_set(&job.options, name, string ? KNE_JSON_STRING : KNE_JSON_NUMBER, 0, string, &err), &err);
+    job.calls = (kne_job_calls) {.ctx = &loss, .progress = keep_loss};
+    set_options(&job.options, set);
     need(kne_ref_cache_new(&cache, &err), &err);
     job.cache = cache;
     for (int rep = 0; rep < 2; rep++) /* the first fills the cache of reference facts */
@@ -312,7 +355,11 @@ edits(const kne_model *m, const kne_view *view, const char *what, int n, const c
         kne_edit_result_free(r);
         r = NULL;
         t = kne_now();
-        need(kne_edit_run(&job, &r, &err), &err);
+        if (!fits(kne_edit_run(&job, &r, &err), &err, what))
+        {
+            kne_ref_cache_free(cache);
+            return;
+        }
         t = kne_now() - t;
         attribute = r->attribute_seconds;
         optimise = r->optimise_seconds;
@@ -327,10 +374,17 @@ edits(const kne_model *m, const kne_view *view, const char *what, int n, const c
 
     printf("| %s | %.1f ms an edit | %.1f ms | attribution %.0f ms, optimiser %.0f ms in all, %.1f steps an edit, %.2f ms a step |\n", what,
            t * 1e3 / n, least * 1e3 / n, attribute * 1e3, optimise * 1e3, steps_each, steps ? optimise * 1e3 / steps_each : 0);
-    if (!name)
-        figure(n == 1 ? "edit" : n == BATCH ? "batch" : "six", t / n);
-    if (!name && steps)
-        figure(n == 1 ? "step" : n == BATCH ? "batch step" : "six step", optimise / steps_each);
+    if (!set)
+        figure(n == 1 ? "edit" : n == BATCH ? "batch" : "six", t * 1e3 / n);
+    if (!set && steps)
+        figure(n == 1 ? "step" : n == BATCH ? "batch step" : "six step", optimise * 1e3 / steps_each);
+    if (set && strcmp(set, PLAIN) == 0)
+    {
+        figure("plain", t * 1e3);
+        figure("steps", steps);
+        figure("P before", r->edit[0].p_before);
+        figure("loss", loss);
+    }
     fflush(stdout);
     kne_edit_result_free(r);
     kne_ref_cache_free(cache);
@@ -358,7 +412,7 @@ main(int argc, char **argv)
         kne_model *m;
         size_t     before, after, total;
 
-        if (only ? !strstr(shapes[i].name, only) : strcmp(shapes[i].name, "smoke") == 0)
+        if (only ? !strstr(shapes[i].name, only) : strncmp(shapes[i].name, "smoke", 5) == 0)
             continue;
         shape_name = shapes[i].name;
         m = model_new(&shapes[i].a);
@@ -373,16 +427,17 @@ main(int argc, char **argv)
                TOKENS, STEPS);
         passes(m, 1);
         passes(m, 6);
-        edits(m, view, "one edit, defaults", 1, NULL, NULL);
-        edits(m, view, "one edit, by attribution and contrast", 1, "select", "attribution");
-        edits(m, view, "one edit, no anchors", 1, "beta", NULL);
-        edits(m, view, "one edit, plain Adam for the protected step", 1, "step", "adam");
-        edits(m, view, "six edits together, defaults", 6, NULL, NULL);
+        edits(m, view, "one edit, defaults", 1, NULL);
+        edits(m, view, "one edit, by attribution and contrast", 1, "select=attribution");
+        edits(m, view, "one edit, no anchors", 1, "beta=0");
+        edits(m, view, "one edit, plain Adam for the protected step", 1, "step=adam");
+        edits(m, view, "one edit, the maths of a plain loop", 1, PLAIN);
+        edits(m, view, "six edits together, defaults", 6, NULL);
         be->memory(be->ctx, &after, &total);
         printf("| memory after the batch of six | %.2f GB | %.2f GB | of it weights |\n", ((double) before - (double) after) * 1e-9,
                (double) kne_model_device_bytes(m) * 1e-9);
-        edits(m, view, "a batch of 32, defaults", BATCH, NULL, NULL);
-        edits(m, view, "a batch of 32, no anchors", BATCH, "beta", NULL);
+        edits(m, view, "a batch of 32, defaults", BATCH, NULL);
+        edits(m, view, "a batch of 32, no anchors", BATCH, "beta=0");
         be->memory(be->ctx, &after, &total);
         printf("\n%.2f GB of the device in use after it, %.2f of them weights.\n\n", ((double) before - (double) after) * 1e-9,
                (double) kne_model_device_bytes(m) * 1e-9);

@@ -27,7 +27,7 @@ if [ -z "$sanitizer" ]; then
     row "compute-sanitizer over an edit" "skipped: it is not installed"
 else
     own=$(grep -ohE '[a-z0-9_]+_kernel\(' kernels/*.cu | sort -u | tr -d '(' | paste -sd '|')
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck synccheck; do
         if "$sanitizer" --tool "$tool" --error-exitcode 9 "$build/gpu_check" 1 one >"$out/$tool" 2>&1; then
             row "compute-sanitizer, $tool" "clean"
         elif [ "$tool" = racecheck ] && ! grep -q '^not ok' "$out/$tool" && grep -q '^1\.\.' "$out/$tool" && ! grep -qE "($own)\\(" "$out/$tool"; then
@@ -58,10 +58,11 @@ elif [ "$status" != 0 ]; then
     bad=1
 else
     table+=$(awk -F '\t' 'NR == FNR { kne[$1, $2] = $3; next }
-        { times = ""
-          for (k = 1; k <= 3; k++) { what = $2 == "step" ? (k == 1 ? "step" : "") : (k == 1 ? "edit" : k == 2 ? "six" : "batch")
-              if (what != "" && ($1, what) in kne) times = times sprintf(", kne %s %.2f ms (%.1f times)", what, kne[$1, what], $3 / kne[$1, what]) }
-          printf "%-44s %.2f ms%s\n", "PyTorch, " $1 ", a" ($2 == "step" ? " " : "n ") $2, $3, times }' "$out/kne" "$out/peer")$'\n'
+        function beside(what) { return ($1, what) in kne ? sprintf(", kne %s %.2f ms (%.1f times)", what, kne[$1, what], $3 / kne[$1, what]) : "" }
+        $2 == "step" { printf "%-44s %.2f ms%s\n", "PyTorch, " $1 ", a step", $3, beside("step") }
+        $2 == "edit" { printf "%-44s %.2f ms%s\n", "PyTorch, " $1 ", an edit", $3, beside("plain") beside("edit") beside("six") beside("batch") }
+        $2 == "steps" || $2 == "P before" || $2 == "loss" { printf "%-44s %s, kne %s\n", "PyTorch, " $1 ", " $2, $3, kne[$1, $2] }' \
+        "$out/kne" "$out/peer")$'\n'
 fi
 printf '\n%s\n' "$table"
 exit $bad
