@@ -2,8 +2,8 @@
  * bench_peer.c - kne's side of bench/peer_torch.py: the edits of a list, each alone, then all as one batch, with a fixed
  * number of steps. One JSON object on stdout.
  *
- * bench_peer MODEL EDITS [--alone N] [--batch N] [--prompts N] [--anchors N] [--threads T] [--options JSON]
- * --alone: how many of the list are timed one at a time (after one that is not timed); --batch: how many together (0: none);
+ * bench_peer MODEL EDITS [--from I] [--alone N] [--batch N] [--prompts N] [--anchors N] [--threads T] [--options JSON]
+ * --from, --alone: which of the list, and how many, are timed one at a time (after one that is not timed); --batch: how many together (0: none);
  * --prompts, --anchors: at most so many of each edit's
  */
 #include "bench_list.h"
@@ -47,7 +47,7 @@ progress(void *ctx, int phase, int done, int total, float loss, int finished)
 int
 main(int argc, char **argv)
 {
-    int          alone = 3, batch = 16, threads = 2, prompts = 16, anchors = 64;
+    int          from = 0, alone = 3, batch = 16, threads = 2, prompts = 16, anchors = 64;
     const char  *json = "";
     kne_err      err;
     kne_options  opt;
@@ -58,10 +58,12 @@ main(int argc, char **argv)
     struct kne_ref_cache *cache;
 
     if (argc < 3)
-        return fprintf(stderr, "usage: bench_peer MODEL EDITS [--alone N] [--batch N] [--threads T] [--options JSON]\n"), 2;
+        return fprintf(stderr, "usage: bench_peer MODEL EDITS [--from I] [--alone N] [--batch N] [--threads T] [--options JSON]\n"), 2;
     for (int i = 3; i + 1 < argc; i += 2)
     {
-        if (!strcmp(argv[i], "--alone"))
+        if (!strcmp(argv[i], "--from"))
+            from = atoi(argv[i + 1]);
+        else if (!strcmp(argv[i], "--alone"))
             alone = atoi(argv[i + 1]);
         else if (!strcmp(argv[i], "--batch"))
             batch = atoi(argv[i + 1]);
@@ -92,11 +94,11 @@ main(int argc, char **argv)
     for (int i = -1; i < alone + (batch > 0); i++)
     {
         bool          all = i == alone;
-        int           at = i < 0 ? 0 : i % list.n, n = all ? (batch < list.n ? batch : list.n) : 1;
+        int           at = (from + (i < 0 ? 0 : i)) % list.n, n = all ? (batch < list.n ? batch : list.n) : 1;
         kne_edit_job  job = {.model = model, .backend = be, .view = view, .options = opt, .n_known = list.n_known, .known = list.known,
                              .n_edits = n, .edit = &list.edit[all ? 0 : at], .calls = {.progress = progress}, .cache = cache};
         double        t0 = kne_now(), c0 = cpu_seconds();
-        int           steps = 0;
+        int           steps = 0, applied = 0;
 
         n_losses = 0;
         if (kne_edit_run(&job, &res, &err) != KNE_OK)
@@ -104,12 +106,16 @@ main(int argc, char **argv)
         t0 = kne_now() - t0;
         c0 = cpu_seconds() - c0;
         for (int k = 0; k < n; k++)
+        {
             steps += res->edit[k].steps;
+            applied += res->edit[k].outcome == KNE_OUTCOME_APPLIED;
+        }
         if (i >= 0)
         {
-            printf("%s{\"edits\": %d, \"seconds\": %.6f, \"cpu\": %.6f, \"attribution\": %.6f, \"optimisation\": %.6f, \"steps\": %d, \"p_before\": %.9g, \"losses\": [",
+            printf("%s{\"edits\": %d, \"seconds\": %.6f, \"cpu\": %.6f, \"attribution\": %.6f, \"optimisation\": %.6f, \"steps\": %d, \"applied\": %d, "
+                   "\"p_before\": %.9g, \"p_after\": %.9g, \"losses\": [",
                    all ? "], \"batch\": " : i ? ", " : "", n, t0, c0, res->attribute_seconds, res->optimise_seconds, steps,
-                   res->edit[0].p_before);
+                   applied, res->edit[0].p_before, res->edit[0].p_after);
             for (int k = 0; k < n_losses && !all; k++)
                 printf("%s%.7g", k ? ", " : "", losses[k]);
             printf("], \"ensemble\": [");

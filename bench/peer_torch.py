@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 """The same edits written plainly in PyTorch, beside kne: seconds an edit, and whether both come to the same numbers.
 
-    peer_torch.py BENCH_PEER MODEL EDITS [--rounds R] [--steps N] [--threads T] [--settings PROMPTS:ANCHORS ...]
+    peer_torch.py BENCH_PEER MODEL EDITS [--rounds R] [--steps N] [--probability P] [--lr L] [--threads T] [--settings PROMPTS:ANCHORS ...]
 
 MODEL and EDITS as bench_make writes them (GPT-2). The peer does what editors written on transformers do: the model in
 float32 with eager autograd, right-padded batches, logits at every position, full gradients of weight matrices and a mask
 on them, torch.optim.Adam over whole matrices. In one form every parameter has a gradient, as from_pretrained gives them; in the
 other only the matrices that are edited. It edits one fact at a time: with a delta of its own for each, autograd
-has no cheaper way. Attribution is gradient times weight, summed over a neuron's value vector.
+has no cheaper way. It chooses neurons and steps as kne does with `step` = `adam` and no protecting facts (docs/method.md):
+the energy of a neuron is then the squared norm of the gradient of its value vector, ranked for each object token; quiet anchors
+sit out; it stops once every token of the object is reached.
 
-Rounds alternate between the two, since machines are shared; each figure is the least of the rounds (what the machine
-gives when it gives most), the ratio of these is what to read; on a busy machine the ratio of CPU seconds with one thread
-is steadier. Prints Markdown.
+Rounds alternate between the two, since machines are shared. A ratio is of one round, its median over the rounds and its
+least are printed: read those, and on a busy machine those of CPU seconds. Prints Markdown.
 """
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -76,6 +78,22 @@ class Peer:
         for w in self.weights:
             w.requires_grad_(True)
 
+    def select(self, prompts):
+        """The ensemble: every token of the object ranks the neurons, a neuron counts by its best rank, ties to the lower one."""
+        n_all = sum(w.shape[0] for w in self.weights)
+        n = max(1, min(self.o["max_neurons"], self.o["max_bytes"] // (4 * self.weights[0].shape[1]), round(self.o["fraction"] * n_all)))
+        whole = self.batch(prompts)
+        token = torch.cat([torch.arange(len(t) - k) for t, k in prompts])
+        logp = self.logp(whole).gather(1, whole[3][:, None])[:, 0]
+        rank = {}
+        for j in range(int(token.max()) + 1):
+            self.model.zero_grad(set_to_none=True)
+            logp[token == j].sum().backward(retain_graph=j < int(token.max()))
+            energy = torch.cat([w.grad.square().sum(1) for w in self.weights])
+            for r, i in enumerate(energy.topk(n).indices.tolist()):
+                rank[i] = min(r, rank.get(i, r))
+        return sorted(rank, key=lambda i: (rank[i], i))[:n]
+
     def edit(self, e):
         o, out = self.o, {}
         c0, t0 = time.process_time(), time.perf_counter()
@@ -90,37 +108,50 @@ class Peer:
             first = self.batch(prompts[:1])
             out["p_before"] = self.logp(first).gather(1, first[3][:, None]).sum().exp().item()
 
-        # attribution: the gradient of log P of the target's tokens, times weight; the best neurons of all layers
-        self.model.zero_grad(set_to_none=True)
-        self.logp(first).gather(1, first[3][:, None]).sum().backward()
-        score = torch.stack([(w.grad * w.detach()).sum(1) for w in self.weights]).abs().flatten()
-        best = score.topk(max(1, min(o["max_neurons"], round(o["fraction"] * score.numel())))).indices
-        chosen = torch.zeros_like(score).index_fill_(0, best, 1.0).view(len(self.weights), -1)
-        masks = [m[:, None] for m in chosen]
-        out["ensemble"] = best.tolist()
+        # for each token of the object: the gradient of its log P over all prompts; squared, the energy of every neuron
+        out["ensemble"] = self.select(prompts)
+        chosen = torch.zeros(len(self.weights) * self.weights[0].shape[0])
+        masks = chosen.index_fill_(0, torch.tensor(out["ensemble"]), 1.0).view(len(self.weights), -1, 1)
         t1 = time.perf_counter()
 
         # anchors' distributions before
-        facts = self.batch(prompts + anchors)
-        n_target = sum(len(t) - k for t, k in prompts)
-        with torch.no_grad():
-            reference = self.logp(facts)[n_target:]
+        reference = []
+        if anchors:
+            with torch.no_grad():
+                reference = self.logp(self.batch(anchors)).split([len(t) - n for t, n in anchors])
+        outs = sum(len(t) - n for t, n in anchors)
+        n_target = sum(len(t) - n for t, n in prompts)
+        rest, pause = [1] * len(anchors), [0] * len(anchors)  # rounds an anchor sits out, and how many it sat out last
         optimiser = torch.optim.Adam(self.weights, lr=o["lr"])
         losses = []
         for step in range(o["max_steps"] + 1):
+            turn = [i for i in range(len(anchors)) if not rest[i]]
+            rest = [max(0, r - 1) for r in rest]
+            facts = self.batch(prompts + [anchors[i] for i in turn])
             self.model.zero_grad()
             logp = self.logp(facts)
-            loss = -logp[:n_target].gather(1, facts[3][:n_target, None]).mean()
-            if len(anchors):
-                beta = o["beta"] * 2.0 ** (-10 * max(0.0, step / o["max_steps"] - 0.2))  # fades after a fifth of the steps
-                loss = loss + beta * (reference.exp() * (reference - logp[n_target:])).sum(1).mean()
-            losses.append(loss.item())
-            if len(losses) > o["max_steps"]:
+            target = logp[:n_target].gather(1, facts[3][:n_target, None])[:, 0]
+            kl, at = [], n_target
+            for i in turn:
+                n = len(reference[i])
+                kl.append((reference[i].exp() * (reference[i] - logp[at:at + n])).sum())
+                at += n
+                pause[i] = 0 if kl[-1].item() > 1e-3 * n else 4 if pause[i] else 1
+                rest[i] = pause[i]
+            kl = sum(kl) / outs if kl else torch.zeros(())
+            # beta fades after a fifth of the steps
+            beta = [o["beta"] * 2.0 ** (-10 * max(0.0, s / o["max_steps"] - 0.2)) for s in (step, step + 1)]
+            losses.append(-target.mean().item() + beta[0] * kl.item())
+            reached = bool((logp[:n_target].argmax(1) == facts[3][:n_target]).all()) and target.exp().min().item() >= o["probability"]
+            if reached or step == o["max_steps"]:
                 break
-            loss.backward()
+            (beta[1] * kl - target.mean()).backward()
             for w, m in zip(self.weights, masks):
                 w.grad.mul_(m)
             optimiser.step()
+        with torch.no_grad():
+            out["p_after"] = self.logp(first).gather(1, first[3][:, None]).sum().exp().item()
+        out["steps"], out["reached"] = step, reached
         t2, c2 = time.perf_counter(), time.process_time()
 
         # undone for the next one
@@ -135,16 +166,18 @@ def main():
     a = argparse.ArgumentParser()
     a.add_argument("program"), a.add_argument("folder"), a.add_argument("edits")
     a.add_argument("--rounds", type=int, default=3)
-    a.add_argument("--steps", type=int, default=20)
+    a.add_argument("--steps", type=int, default=40)
+    a.add_argument("--probability", type=float, default=0.95)
+    a.add_argument("--lr", type=float, default=5e-4)
     a.add_argument("--threads", type=int, default=2)
     a.add_argument("--settings", nargs="+", default=["3:8", "1:0"])
     a = a.parse_args()
     torch.set_num_threads(a.threads)
-    options = dict(step="adam", contrast=0, protect=0, reference=1, points=1, lr=2e-4, probability=0.9999,
-                   max_steps=a.steps, fraction=0.02, max_neurons=4096, beta=1)
+    options = dict(step="adam", protect=0, points=1, lr=a.lr, probability=a.probability, max_steps=a.steps, fraction=0.02,
+                   max_neurons=4096, max_bytes=4 << 20, beta=1)
     peer = Peer(a.folder, options)
-    print(f"GPT-2 small, float32, random weights, {a.threads} threads, {a.steps} steps; peer: torch {torch.__version__}, "
-          f"transformers {transformers.__version__}.")
+    print(f"GPT-2 small, float32, random weights, {a.threads} threads, until each token has probability {a.probability}; "
+          f"peer: torch {torch.__version__}, transformers {transformers.__version__}.")
     bad = 0
     for setting in a.settings:
         bad |= compare(a, peer, options, *map(int, setting.split(":")))
@@ -159,40 +192,52 @@ def compare(a, peer, options, prompts, anchors):
     peer.need(True)
     peer.edit(edits[0])  # not timed, as kne's first
     for r in range(a.rounds):
+        at = r % len(edits)
         peer.need(True)
-        theirs.append(peer.edit(edits[r % len(edits)]))
-        peer.need(False)
-        lean.append(peer.edit(edits[r % len(edits)]))
-        run = [a.program, a.folder, a.edits, "--threads", str(a.threads), "--alone", str(a.rounds), "--batch", "16",
+        theirs.append(peer.edit(edits[at]))
+        run = [a.program, a.folder, a.edits, "--threads", str(a.threads), "--from", str(at), "--alone", "1", "--batch", "16",
                "--prompts", str(prompts), "--anchors", str(anchors), "--options", json.dumps(options)]
         kne = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
-        ours.append(kne["alone"][r])
+        ours.append(kne["alone"][0])
         batch.append(kne["batch"])
+        peer.need(False)
+        lean.append(peer.edit(edits[at]))
 
-    def least(rows, key):
-        return min(row[key] for row in rows)
+    def ratios(slow, fast, key):
+        """Of each round; the batch, whose edits are others, by the step."""
+        return [(x[key] / x["steps"]) / (y[key] / y["steps"]) for x, y in zip(slow, fast)]
 
-    print(f"\n{prompts} prompt{'s' * (prompts > 1)} and {anchors} anchors an edit; {kne['backend']}; seconds an edit, and how many "
-          "times faster than the peer (than the one with fewer gradients)\n")
-    print("| | attribution and before | optimisation | all | times | CPU seconds | times |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n{prompts} prompt{'s' * (prompts > 1)} and {anchors} anchors an edit; {kne['backend']}; {a.rounds} rounds: medians of "
+          "seconds an edit, median (least) of how many times kne is faster\n")
+    print("| | steps | attribution and before | optimisation | all | CPU seconds | kne faster alone | in CPU seconds | together | in CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, rows in (("peer", theirs), ("peer, gradients of the edited matrices alone", lean), ("kne, alone", ours),
                        (f"kne, {batch[0]['edits']} together", batch)):
         n = rows[0].get("edits", 1)
-        f = {k: least(rows, k) / n for k in ("attribution", "optimisation", "seconds", "cpu")}
-        times = {k: f"{least(theirs, k) / f[k]:.1f} ({least(lean, k) / f[k]:.1f})" for k in ("seconds", "cpu")}
-        print(f"| {name} | {f['attribution']:.3f} | {f['optimisation']:.3f} | {f['seconds']:.3f} | {times['seconds']} "
-              f"| {f['cpu']:.3f} | {times['cpu']} |")
+        f = [f"{statistics.median(row[k] for row in rows) / n:.3f}" for k in ("attribution", "optimisation", "seconds", "cpu")]
+        if rows in (theirs, lean):
+            for fast in (ours, batch):
+                for k in ("seconds", "cpu"):
+                    times = ratios(rows, fast, k)
+                    f.append(f"{statistics.median(times):.1f} ({min(times):.1f})")
+        else:
+            f += [""] * 4
+        print(f"| {name} | {statistics.mean(row['steps'] for row in rows) / n:.1f} | " + " | ".join(f) + " |")
 
     # the same numbers?
-    worst = overlap = 0.0
+    loss = p = 0.0
+    overlap, steps = 1.0, True
     for x, y in zip(theirs, ours):
-        n = min(len(x["losses"]), len(y["losses"]) - 1, a.steps)
-        worst = max([worst] + [abs(x["losses"][k] - y["losses"][k]) / max(1.0, abs(x["losses"][k])) for k in range(n)])
-        overlap += len(set(x["ensemble"]) & set(y["ensemble"])) / len(x["ensemble"]) / a.rounds
-    print(f"\nSame ensemble: {100 * overlap:.2f} % of the neurons. Largest relative difference of the loss over {a.steps} "
-          f"steps: {worst:.1e}; last loss {theirs[0]['losses'][a.steps - 1]:.5f} and {ours[0]['losses'][a.steps - 1]:.5f}.")
-    if worst > 1e-2 or overlap < 0.99:
+        n = min(x["steps"], y["steps"])
+        loss = max([loss] + [abs(x["losses"][k] - y["losses"][k]) / max(1.0, abs(x["losses"][k])) for k in range(n)])
+        overlap = min(overlap, len(set(x["ensemble"]) & set(y["ensemble"])) / len(x["ensemble"]))
+        p = max(p, abs(x["p_before"] / y["p_before"] - 1), abs(x["p_after"] - y["p_after"]))
+        steps &= x["steps"] == y["steps"] and x["reached"] == bool(y["applied"])
+    print(f"\nOver {a.rounds} edits: at least {100 * overlap:.2f} % of the neurons are the same; "
+          f"{'as many steps' if steps else 'NOT AS MANY STEPS'}; the loss differs by at most {loss:.1e}, the probabilities before and after "
+          f"by {p:.1e}. Reached: peer {sum(x['reached'] for x in theirs)}, kne {sum(y['applied'] for y in ours)} of {a.rounds}; "
+          f"together {batch[0]['applied']} of {batch[0]['edits']}.")
+    if overlap < 0.99 or not steps or loss > 1e-2 or p > 1e-2:
         print("\nNOT THE SAME NUMBERS")
         return 1
     return 0
