@@ -89,9 +89,9 @@ gemm_nt(kne_cpu *cpu, kne_gemm *g, int64_t out, int64_t n)
     g->turn = n >= cpu->turn_min;
     if (g->turn) /* few blocks of rows, of equal size, since each turns W again */
     {
-        int64_t blocks = (n + 255) / 256;
+        int64_t blocks = (n + 1023) / 1024;
 
-        gemm_run(cpu, g, cpu->gemm->nt, out, n, 64, 64, (n + blocks - 1) / blocks, 4);
+        gemm_run(cpu, g, cpu->gemm->nt, out, n, 64, out, (n + blocks - 1) / blocks, 2);
     }
     else
         gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max, 4);
@@ -101,7 +101,7 @@ static void
 gemm_nn(kne_cpu *cpu, const kne_gemm *g, int64_t out, int64_t n)
 {
     /* wide blocks: W is read down its rows, and each row of a block is a page of memory of its own */
-    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, out, 60, 2);
+    gemm_run(cpu, g, cpu->gemm->nn, out, n, 64, out, n, 2);
 }
 
 static void
@@ -194,6 +194,7 @@ typedef struct isa_row
     bool (*here)(void);
     const kne_gemm_kernels *gemm;
     void (*fill)(kne_backend *be);
+    int64_t turn_min; /* rows from which on it pays to turn W */
 } isa_row;
 
 static bool
@@ -219,26 +220,25 @@ isa_avx512(void)
 }
 #endif
 
-/* Turning W pays on Intel from 96 rows on and costs a fifth on AMD (docs/cpu.md). */
-static int64_t
-turn_min(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_is("intel"))
-        return 96;
-#endif
-    return INT64_MAX;
-}
-
 /* Best first. There is no avx512bf16 row: its products round activations to bfloat16 (docs/cpu.md). */
 static const isa_row isa_table[] = {
 #if defined(__x86_64__)
-    {"avx512", "AVX-512", isa_avx512, &kne_gemm_avx512, kne_ops_fill_avx512},
-    {"avx2", "AVX2", isa_avx2, &kne_gemm_avx2, kne_ops_fill_avx2},
+    {"avx512", "AVX-512", isa_avx512, &kne_gemm_avx512, kne_ops_fill_avx512, 96},
+    {"avx2", "AVX2", isa_avx2, &kne_gemm_avx2, kne_ops_fill_avx2, 16},
 #endif
-    {"portable", "portable", isa_always, &kne_gemm_portable, kne_ops_fill_portable},
+    {"portable", "portable", isa_always, &kne_gemm_portable, kne_ops_fill_portable, INT64_MAX},
 };
+
+/* With AVX-512 turning W paid on Intel and cost a fifth on AMD (docs/cpu.md). */
+static int64_t
+turn_min(const isa_row *row)
+{
+#if defined(__x86_64__)
+    if (row->gemm == &kne_gemm_avx512 && !__builtin_cpu_is("intel"))
+        return INT64_MAX;
+#endif
+    return row->turn_min;
+}
 
 kne_status
 kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *err)
@@ -276,7 +276,7 @@ kne_cpu_backend_new(int n_threads, const char *isa, kne_backend **out, kne_err *
     }
     cpu->scratch = (char *) (((uintptr_t) cpu->scratch_raw + 63) & ~(uintptr_t) 63);
     cpu->gemm = row->gemm;
-    cpu->turn_min = turn_min();
+    cpu->turn_min = turn_min(row);
     snprintf(cpu->name, sizeof(cpu->name), "cpu: %s, %d thread%s", row->shown, cpu->n_threads,
              cpu->n_threads == 1 ? "" : "s");
     cpu->be.name = cpu->name;

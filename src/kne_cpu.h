@@ -12,7 +12,7 @@
 #include "kne_pool.h"
 
 /* Scratch of one thread: a fixed size, so no op ever allocates. */
-#define KNE_CPU_SCRATCH ((size_t) 704 * 1024)
+#define KNE_CPU_SCRATCH ((size_t) 3328 * 1024)
 
 /*
  * One product y[n, out] = beta y + x[n, k] op(W) (+ bias).

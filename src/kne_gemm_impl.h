@@ -4,7 +4,7 @@
  *
  * Contract, on which batch and thread invariance rest: an output element is
  *   nt: VL accumulators over k = lane, lane + VL, ... in order, then vf_sum4; with many rows the same sums come
- *       from W turned into panels, a lane after the other (nt_turned);
+ *       from W and x turned into panels, a lane after the other (nt_turned);
  *   nn: one accumulator over each block of NN_K k's in order, the blocks added up in order;
  * with fused multiply-add from 0, whatever the tile or the task.
  * Then (+ bias), then beta y + it.
@@ -72,6 +72,27 @@ finish2x2(const kne_gemm *g, v4 sum, int64_t o, int64_t r)
         sum = g->beta * (v4) {y[0], y[1], z[0], z[1]} + sum;
     memcpy(y, &sum, 2 * sizeof(float));
     memcpy(z, (const char *) &sum + 2 * sizeof(float), 2 * sizeof(float));
+}
+
+/* A row's sums, no outputs from o on, into y: finish(), a vector at a time. */
+KNE_INLINE void
+finish_row(const kne_gemm *g, const float *sum, int64_t o, int64_t no, int64_t r)
+{
+    float  *y = g->y + r * g->ldy + o;
+    int64_t c = 0;
+
+    for (; c + VL <= no; c += VL)
+    {
+        vf v = vf_load(sum + c);
+
+        if (g->bias)
+            v = vf_add(v, vf_load(g->bias + o + c));
+        if (g->beta != 0)
+            v = vf_fma(vf_set1(g->beta), vf_load(y + c), v);
+        vf_store(y + c, v);
+    }
+    for (; c < no; c++)
+        y[c] = finish(g, sum[c], o + c, y[c]);
 }
 
 /* ---- nt: y[r, o] = sum_k x[r, k] w[o, k] ---- */
@@ -221,6 +242,18 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 }
 
 /*
+ * T rows of x, side by side at each k: rows that lie a power of two apart would push each other out of the caches. to[k, T].
+ */
+KNE_INLINE void
+pack_rows(const int T, float *to, const float *x, int64_t xs_row, int64_t xs_k, int64_t nk)
+{
+    for (int64_t k = 0; k < nk; k++, to += T)
+        UNROLL
+        for (int t = 0; t < T; t++)
+            to[t] = x[t * xs_row + k * xs_k];
+}
+
+/*
  * ---- nt of many rows: the same sums, but a vector holds 16 outputs instead of 16 lanes of one ----
  *
  * W is turned into panels of TURN_W outputs, lane by lane, once for all rows; then every load of W is a plain load
@@ -230,7 +263,8 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 #define TURN_T    NN_T
 #define TURN_W    (TURN_V * VL)
 #define TURN_K    1024 /* k of a panel; of longer sums the lanes so far are put aside */
-#define TURN_ROWS 96   /* rows whose lanes can be put aside */
+#define TURN_ROWS 256  /* rows whose lanes can be put aside */
+#define TURN_PACKED (512 * 1024) /* floats of x that lie packed */
 #define TURN_AHEAD 6
 #define TURN_TILE (TURN_T * TURN_W)
 
@@ -243,33 +277,42 @@ static const uint8_t turn_order[VL] = {0, 4, 1, 5, 2, 6, 3, 7};
 static const uint8_t turn_order[VL] = {0, 2, 1, 3};
 #endif
 
+/* One step of turn_square: rows s apart exchange halves of s lanes. s is a constant, so that the masks are. */
+KNE_INLINE void
+turn_step(vf *r, const int s)
+{
+    typedef int vi __attribute__((vector_size(4 * VL)));
+    vi low, high;
+
+    UNROLL
+    for (int x = 0; x < VL; x++)
+    {
+        low[x] = x & s ? VL + x - s : x;
+        high[x] = x & s ? VL + x : x + s;
+    }
+    UNROLL
+    for (int i = 0; i < VL; i++)
+        if (!(i & s))
+        {
+            vf a = r[i], b = r[i + s];
+
+            r[i] = (vf) __builtin_shuffle(a, b, low);
+            r[i + s] = (vf) __builtin_shuffle(a, b, high);
+        }
+}
+
 /* r[i][lane] <-> r[lane][i] */
 KNE_INLINE void
 turn_square(vf *r)
 {
-    typedef int vi __attribute__((vector_size(4 * VL)));
-
-    UNROLL
-    for (int s = VL / 2; s > 0; s /= 2)
-    {
-        vi low, high;
-
-        UNROLL
-        for (int x = 0; x < VL; x++)
-        {
-            low[x] = x & s ? VL + x - s : x;
-            high[x] = x & s ? VL + x : x + s;
-        }
-        UNROLL
-        for (int i = 0; i < VL; i++)
-            if (!(i & s))
-            {
-                vf a = r[i], b = r[i + s];
-
-                r[i] = (vf) __builtin_shuffle(a, b, low);
-                r[i + s] = (vf) __builtin_shuffle(a, b, high);
-            }
-    }
+#if VL >= 16
+    turn_step(r, 8);
+#endif
+#if VL >= 8
+    turn_step(r, 4);
+#endif
+    turn_step(r, 2);
+    turn_step(r, 1);
 }
 
 /* panel[at][j, TURN_W] = w[o, k0 + j VL + turn_order[at]]; 0 beyond nk and no outputs. */
@@ -281,15 +324,18 @@ turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, in
     for (int64_t o = 0; o < TURN_W; o += VL)
         for (int64_t j = 0; j < nj; j++)
         {
-            vf  r[VL];
-            int left = (int) (nk - j * VL < VL ? nk - j * VL : VL);
+            vf          r[VL];
+            const char *w = g->w + ((o0 + o) * g->ldw + k0 + j * VL) * size;
+            const int   left = (int) (nk - j * VL < VL ? nk - j * VL : VL);
 
-            for (int i = 0; i < VL; i++)
-            {
-                const char *w = g->w + ((o0 + o + i) * g->ldw + k0 + j * VL) * size;
-
-                r[i] = o + i >= no ? vf_zero() : left == VL ? vf_load_w(w, type) : vf_load_w_part(w, type, left);
-            }
+            if (left == VL && o + VL <= no)
+                UNROLL
+                for (int i = 0; i < VL; i++)
+                    r[i] = vf_load_w(w + i * g->ldw * size, type);
+            else
+                UNROLL
+                for (int i = 0; i < VL; i++)
+                    r[i] = o + i < no ? vf_load_w_part(w + i * g->ldw * size, type, left) : vf_zero();
             turn_square(r);
             UNROLL
             for (int i = 0; i < VL; i++)
@@ -297,13 +343,38 @@ turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, in
         }
 }
 
+/* packed[at][j, T] = x[t, j VL + turn_order[at]]; 0 beyond nk. */
+KNE_INLINE void
+turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk)
+{
+    const int64_t nj = (nk + VL - 1) / VL;
+
+    for (int64_t j = 0; j < nj; j++)
+    {
+        vf  r[VL];
+        int left = (int) (nk - j * VL < VL ? nk - j * VL : VL);
+
+        if (left == VL)
+            UNROLL
+            for (int t = 0; t < VL; t++)
+                r[t] = t < T ? vf_load(x + t * xs_row + j * VL) : vf_zero();
+        else
+            UNROLL
+            for (int t = 0; t < VL; t++)
+                r[t] = t < T ? vf_load_w_part((const char *) (x + t * xs_row + j * VL), KNE_F32, left) : vf_zero();
+        turn_square(r);
+        UNROLL
+        for (int i = 0; i < VL; i++)
+            memcpy(packed + (i * nj + j) * T, &r[turn_order[i]], (size_t) T * sizeof *packed);
+    }
+}
+
 /*
- * T rows of x times a panel. aside: (VL, T, TURN_W) what earlier panels came to (first: none did); last: the lanes are
+ * T packed rows of x times a panel. aside: (VL, T, TURN_W) what earlier panels came to (first: none did); last: the lanes are
  * added up into y (T, TURN_W).
  */
 KNE_INLINE void
-turn_tile(const int T, float *y, const float *x, int64_t xs_row, const float *panel, int64_t nk, float *aside, bool first,
-          bool last)
+turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk, float *aside, bool first, bool last)
 {
     const int64_t nj = (nk + VL - 1) / VL;
     float         part[4][TURN_TILE] __attribute__((aligned(64)));
@@ -311,15 +382,15 @@ turn_tile(const int T, float *y, const float *x, int64_t xs_row, const float *pa
     for (int at = 0; at < VL; at++)
     {
         const int    lane = turn_order[at];
-        const float *p = panel + at * nj * TURN_W, *xl = x + lane;
-        float       *mine = aside + lane * T * TURN_W;
+        const float *p = panel + at * nj * TURN_W, *xl = x + at * nj * T;
+        float       *mine = aside + at * T * TURN_W;
         int64_t      n = (nk - lane + VL - 1) / VL;
         vf           c[TURN_T * TURN_V], wv[TURN_V];
 
         UNROLL
         for (int i = 0; i < T * TURN_V; i++)
             c[i] = first ? vf_zero() : vf_load(mine + i * VL);
-        for (int64_t j = 0; j < n; j++, p += TURN_W, xl += VL)
+        for (int64_t j = 0; j < n; j++, p += TURN_W, xl += T)
         {
             UNROLL
             for (int i = 0; i < TURN_V; i++)
@@ -330,7 +401,7 @@ turn_tile(const int T, float *y, const float *x, int64_t xs_row, const float *pa
             UNROLL
             for (int t = 0; t < T; t++)
             {
-                vf xv = vf_set1(xl[t * xs_row]);
+                vf xv = vf_set1(xl[t]);
 
                 UNROLL
                 for (int i = 0; i < TURN_V; i++)
@@ -358,60 +429,72 @@ turn_tile(const int T, float *y, const float *x, int64_t xs_row, const float *pa
     }
 }
 
-/* A row's sums, no outputs from o on, into y: finish(), a vector at a time. */
-KNE_INLINE void
-turn_finish(const kne_gemm *g, const float *sum, int64_t o, int64_t no, int64_t r)
-{
-    float  *y = g->y + r * g->ldy + o;
-    int64_t c = 0;
-
-    for (; c + VL <= no; c += VL)
-    {
-        vf v = vf_load(sum + c);
-
-        if (g->bias)
-            v = vf_add(v, vf_load(g->bias + o + c));
-        if (g->beta != 0)
-            v = vf_fma(vf_set1(g->beta), vf_load(y + c), v);
-        vf_store(y + c, v);
+/* TILES(call) is call with the constant T that the T rows of a tile have. */
+#define TILE_CASE(i, call) \
+    case i:                \
+    {                      \
+        enum { T = i };    \
+        call;              \
+        break;             \
     }
-    for (; c < no; c++)
-        y[c] = finish(g, sum[c], o + c, y[c]);
-}
+#if NN_T > 4
+#define TILES(n, call)                                                                                                   \
+    switch ((int) (n))                                                                                                   \
+    {                                                                                                                    \
+        TILE_CASE(1, call)                                                                                               \
+        TILE_CASE(2, call)                                                                                               \
+        TILE_CASE(3, call)                                                                                               \
+        TILE_CASE(4, call)                                                                                               \
+        TILE_CASE(5, call)                                                                                               \
+        TILE_CASE(6, call)                                                                                               \
+    }
+#else
+#define TILES(n, call)                                                                                                   \
+    switch ((int) (n))                                                                                                   \
+    {                                                                                                                    \
+        TILE_CASE(1, call)                                                                                               \
+        TILE_CASE(2, call)                                                                                               \
+        TILE_CASE(3, call)                                                                                               \
+        TILE_CASE(4, call)                                                                                               \
+    }
+#endif
 
 KNE_INLINE void
 nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
 {
-    float *panel = scratch, *aside = scratch + TURN_K * TURN_W;
+    const int64_t n = r1 - r0, tiles = (n + TURN_T - 1) / TURN_T, k_padded = (g->k + VL - 1) / VL * VL;
+    float        *panel = scratch, *aside = panel + TURN_K * TURN_W, *packed = aside + TURN_ROWS * VL * TURN_W;
 
+    for (int64_t t = 0; t < tiles; t++)
+    {
+        const int64_t r = n * t / tiles, rows = n * (t + 1) / tiles - r;
+
+        for (int64_t k = 0; k < g->k; k += TURN_K)
+        {
+            const int64_t nk = g->k - k < TURN_K ? g->k - k : TURN_K;
+            const float  *x = g->x + (r0 + r) * g->xs_row + k;
+            float        *to = packed + r * k_padded + k * rows;
+
+            TILES(rows, turn_rows(T, to, x, g->xs_row, nk))
+        }
+    }
     for (int64_t o = o0; o < o1; o += TURN_W)
         for (int64_t k = 0; k < g->k; k += TURN_K)
         {
-            int64_t    nk = g->k - k < TURN_K ? g->k - k : TURN_K, no = o1 - o < TURN_W ? o1 - o : TURN_W;
-            int64_t    tiles = (r1 - r0 + TURN_T - 1) / TURN_T;
-            const bool first = k == 0, last = k + nk == g->k;
+            const int64_t nk = g->k - k < TURN_K ? g->k - k : TURN_K, no = o1 - o < TURN_W ? o1 - o : TURN_W;
+            const bool    first = k == 0, last = k + nk == g->k;
 
             turn_panel(panel, g, type, o, no, k, nk);
             for (int64_t t = 0; t < tiles; t++)
             {
-                int64_t      r = r0 + (r1 - r0) * t / tiles, T = r0 + (r1 - r0) * (t + 1) / tiles - r;
-                const float *x = g->x + r * g->xs_row + k;
-                float        sum[TURN_TILE] __attribute__((aligned(64)));
-                float       *mine = first && last ? aside : aside + t * VL * TURN_TILE;
+                const int64_t r = n * t / tiles, rows = n * (t + 1) / tiles - r;
+                const float  *x = packed + r * k_padded + k * rows;
+                float         sum[TURN_TILE] __attribute__((aligned(64)));
+                float        *mine = first && last ? aside : aside + r * VL * TURN_W;
 
-                switch ((int) T)
-                {
-                    case 1: turn_tile(1, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-                    case 2: turn_tile(2, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-                    case 3: turn_tile(3, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-                    case 4: turn_tile(4, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-#if NN_T > 4
-                    case 5: turn_tile(5, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-                    case 6: turn_tile(6, sum, x, g->xs_row, panel, nk, mine, first, last); break;
-#endif
-                }
-                for (int64_t i = 0; i < T && last; i++)
-                    turn_finish(g, sum + i * TURN_W, o, no, r + i);
+                TILES(rows, turn_tile(T, sum, x, panel, nk, mine, first, last))
+                for (int64_t i = 0; i < rows && last; i++)
+                    finish_row(g, sum + i * TURN_W, o, no, r0 + r + i);
             }
         }
 }
@@ -419,13 +502,13 @@ nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, 
 static void
 nt_turned(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
 {
-    int64_t rows = g->k <= TURN_K ? r1 - r0 : TURN_ROWS;
+    _Static_assert((TURN_K * TURN_W + TURN_ROWS * VL * TURN_W + TURN_PACKED) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+    const int64_t fit = TURN_PACKED / ((g->k + VL - 1) / VL * VL), most = g->k <= TURN_K || fit < TURN_ROWS ? fit : TURN_ROWS;
+    const int64_t blocks = (r1 - r0 + most - 1) / most;
 
-    _Static_assert((TURN_K * TURN_W + (TURN_ROWS + TURN_T - 1) / TURN_T * VL * TURN_TILE) * sizeof(float) <= KNE_CPU_SCRATCH,
-                   "scratch");
-    for (int64_t r = r0; r < r1; r += rows)
+    for (int64_t b = 0; b < blocks; b++)
     {
-        int64_t re = r1 - r < rows ? r1 : r + rows;
+        const int64_t r = r0 + (r1 - r0) * b / blocks, re = r0 + (r1 - r0) * (b + 1) / blocks;
 
         if (g->type == KNE_BF16)
             nt_turned_type(g, KNE_BF16, o0, o1, r, re, scratch);
@@ -439,7 +522,7 @@ nt_turned(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, flo
 static void
 nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    if (g->turn && g->k > 0)
+    if (g->turn && g->k > 0 && g->k <= TURN_PACKED)
         nt_turned(g, o0, o1, r0, r1, scratch);
     else if (g->type == KNE_BF16)
         nt_block(g, KNE_BF16, o0, o1, r0, r1);
@@ -453,7 +536,8 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 
 #define NN_W      (NN_V * VL)        /* outputs of a tile */
 #define NN_K      128                /* k of a block: changing it changes bits */
-#define NN_ROWS   60                 /* rows of a block */
+#define NN_ROWS   60                 /* rows of a block of any width */
+#define NN_MOST   256               /* of a narrow one */
 #define NN_ACC    (128 * 1024)       /* floats of accumulators of a block */
 #define NN_SUB    256                /* outputs whose part of W is widened at a time */
 #define NN_PANEL  (NN_K * NN_W + 64) /* not a power of two: panels are written side by side */
@@ -461,12 +545,11 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 #define NN_DIRECT(type) ((type) == KNE_F32 ? 25 : 7)
 
 /*
- * acc[T, NN_W] += x[T, nk] w[nk, NN_W]; first: =. ahead (or NULL): the part of W that comes
+ * acc[T, NN_W] += x[T, nk] w[nk, NN_W], x packed; first: =. ahead (or NULL): the part of W that comes
  * next, ahead_step bytes a row, to be in the cache by then.
  */
 KNE_INLINE void
-nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
-        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
+nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
         int64_t ahead_step)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
@@ -491,7 +574,7 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
         UNROLL
         for (int t = 0; t < T; t++)
         {
-            vf xv = vf_set1(x[t * xs_row + k * xs_k]);
+            vf xv = vf_set1(x[k * T + t]);
 
             UNROLL
             for (int i = 0; i < NN_V; i++)
@@ -511,32 +594,18 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, int6
         }
 }
 
-#define NN_TILE(T) nn_tile(T, a, ldacc, first, xr, xs_row, xs_k, w, type, ldw, nk, ahead, ahead_step)
-
+/* x: packed, (n, nk) */
 KNE_INLINE void
-nn_rows(int64_t n, float *acc, int64_t ldacc, bool first, const float *x, int64_t xs_row,
-        int64_t xs_k, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
-        int64_t ahead_step)
+nn_rows(int64_t n, float *acc, int64_t ldacc, bool first, const float *x, const char *w, const kne_dtype type, int64_t ldw,
+        int64_t nk, const char *ahead, int64_t ahead_step)
 {
     int64_t tiles = (n + NN_T - 1) / NN_T;
 
     for (int64_t t = 0; t < tiles; t++)
     {
-        int64_t      r = n * t / tiles;
-        float       *a = acc + r * ldacc;
-        const float *xr = x + r * xs_row;
+        int64_t r = n * t / tiles;
 
-        switch ((int) (n * (t + 1) / tiles - r))
-        {
-            case 1: NN_TILE(1); break;
-            case 2: NN_TILE(2); break;
-            case 3: NN_TILE(3); break;
-            case 4: NN_TILE(4); break;
-#if NN_T > 4
-            case 5: NN_TILE(5); break;
-            case 6: NN_TILE(6); break;
-#endif
-        }
+        TILES(n * (t + 1) / tiles - r, nn_tile(T, acc + r * ldacc, ldacc, first, x + r * nk, w, type, ldw, nk, ahead, ahead_step))
         ahead = NULL; /* once is enough */
     }
 }
@@ -581,23 +650,29 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
     int64_t       n = r1 - r0, ldacc = (o1 - o0 + NN_W - 1) / NN_W * NN_W, step = g->ldw * size;
     float        *acc = scratch;           /* (n, ldacc) */
     float        *panel = scratch + NN_ACC; /* (NN_SUB / NN_W, NN_PANEL) */
-    const float  *x = g->x + r0 * g->xs_row;
+    float        *packed = panel + NN_SUB / NN_W * NN_PANEL; /* (n, NN_K) */
+    const int64_t tiles = (n + NN_T - 1) / NN_T;
 
     if (g->k == 0)
         memset(acc, 0, (size_t) (n * ldacc) * sizeof(float));
     for (int64_t k = 0; k < g->k; k += NN_K)
     {
         int64_t      nk = g->k - k < NN_K ? g->k - k : NN_K;
-        const float *xk = x + k * g->xs_k;
         const char  *w = g->w + (k * g->ldw + o0) * size, *below = w + NN_K * step;
         int64_t      nc = o1 - o0, o = 0;
 
+        for (int64_t t = 0; t < tiles; t++)
+        {
+            const int64_t r = n * t / tiles;
+            const float  *x = g->x + (r0 + r) * g->xs_row + k * g->xs_k;
+
+            TILES(n * (t + 1) / tiles - r, pack_rows(T, packed + r * nk, x, g->xs_row, g->xs_k, nk))
+        }
         if (k + 2 * NN_K > g->k) /* the last whole block: nothing comes after it */
             below = NULL;
         if (n < NN_DIRECT(type))
             for (; o + NN_W <= nc; o += NN_W)
-                nn_rows(n, acc + o, ldacc, k == 0, xk, g->xs_row, g->xs_k, w + o * size, type,
-                        g->ldw, nk, o + 2 * NN_W <= nc ? w + (o + NN_W) * size : below, step);
+                nn_rows(n, acc + o, ldacc, k == 0, packed, w + o * size, type, g->ldw, nk, o + 2 * NN_W <= nc ? w + (o + NN_W) * size : below, step);
         for (; o < nc; o += NN_SUB)
         {
             int64_t sub = nc - o < NN_SUB ? nc - o : NN_SUB;
@@ -609,31 +684,26 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
                                     : below && i + NN_W <= nc   ? below + i * size
                                                                 : NULL;
 
-                nn_rows(n, acc + o + i, ldacc, k == 0, xk, g->xs_row, g->xs_k,
-                        (const char *) (panel + i / NN_W * NN_PANEL), KNE_F32, NN_W, nk, ahead, step);
+                nn_rows(n, acc + o + i, ldacc, k == 0, packed, (const char *) (panel + i / NN_W * NN_PANEL), KNE_F32, NN_W, nk, ahead, step);
             }
         }
     }
     for (int64_t r = 0; r < n; r++)
-    {
-        float *y = g->y + (r0 + r) * g->ldy;
-
-        for (int64_t o = o0; o < o1; o++)
-            y[o] = finish(g, acc[r * ldacc + (o - o0)], o, y[o]);
-    }
+        finish_row(g, acc + r * ldacc, o0, o1 - o0, r0 + r);
 }
 
 static void
 nn(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    int64_t rows = r1 - r0 < NN_ROWS ? r1 - r0 : NN_ROWS, cols = NN_ACC / rows / NN_W * NN_W;
+    /* more rows where they are less wide, since each block widens W again; blocks of equal size */
+    int64_t fit = NN_ACC / (o1 - o0), most = fit < NN_ROWS ? NN_ROWS : fit < NN_MOST ? fit : NN_MOST;
+    int64_t n = r1 - r0, blocks = (n + most - 1) / most, cols = NN_ACC / ((n + blocks - 1) / blocks) / NN_W * NN_W;
 
-    _Static_assert((NN_ACC + NN_SUB / NN_W * NN_PANEL) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+    _Static_assert((NN_ACC + NN_SUB / NN_W * NN_PANEL + NN_MOST * NN_K) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
     for (int64_t o = o0; o < o1; o += cols)
-        for (int64_t r = r0; r < r1; r += rows)
+        for (int64_t b = 0; b < blocks; b++)
         {
-            int64_t oe = o + cols < o1 ? o + cols : o1;
-            int64_t re = r + rows < r1 ? r + rows : r1;
+            int64_t oe = o + cols < o1 ? o + cols : o1, r = r0 + n * b / blocks, re = r0 + n * (b + 1) / blocks;
 
             if (g->type == KNE_BF16)
                 nn_block(g, KNE_BF16, o, oe, r, re, scratch);
