@@ -30,7 +30,11 @@ say "engine"
 for t in $(ls "$clone"/test/test_*.c | sort); do
     name=$(basename "$t" .c)
     status=0
-    (cd "$clone" && timeout 900 build/$name) >"$log" 2>&1 || status=$?
+    if [ $name = test_cuda ] && [ ! -x "$clone/build/$name" ]; then # built where there is a C++ compiler
+        echo "ok 1 - $name # SKIP no C++ compiler" >"$log"
+    else
+        (cd "$clone" && timeout 900 build/$name) >"$log" 2>&1 || status=$?
+    fi
     tally "$name" $status
 done
 
@@ -39,8 +43,9 @@ status=0
 (cd "$clone" && test/fuzz.sh) >"$log" 2>&1 || status=$?
 tally "fuzz" $status
 
-# pg_regress and isolationtester print "test NAME ... ok"; made into TAP
-as_tap() { sed -nE 's/^(test|ok|not ok)? *([0-9]+)?[ -]*([a-z0-9_-]+) +\.\.\. +ok .*/ok \3/p; s/^(test)? *([a-z0-9_-]+) +\.\.\. +FAILED.*/not ok \2/p'; }
+# pg_regress and isolationtester print "test NAME ... ok", since 16 "ok 1 - NAME 123 ms"; made into TAP
+as_tap() { sed -nE 's/^(test)? *([a-z0-9_-]+) +\.\.\. +ok .*/ok \2/p; s/^(test)? *([a-z0-9_-]+) +\.\.\. +FAILED.*/not ok \2/p
+    s/^(not )?ok +[0-9]+ +[-+] +([a-z0-9_-]+) .*/\1ok \2/p'; }
 
 say "pg_regress and isolation"
 start_server
