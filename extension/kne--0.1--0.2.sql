@@ -46,6 +46,30 @@ CREATE FUNCTION kne_rebase(path text, model text DEFAULT NULL)
     LANGUAGE c VOLATILE PARALLEL UNSAFE COST 100000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'kne_rebase';
 
+CREATE OR REPLACE VIEW kne.stat_health AS
+    SELECT 'processes' AS what, NOT bad.wrong AS ok, bad.states AS detail, NULL::bigint AS n, NULL::interval AS oldest
+    FROM (SELECT pg_catalog.bool_or(s.worker = 'engine' AND s.state NOT IN ('running', 'starting')
+                                    OR s.worker = 'launcher' AND s.state <> 'running' OR s.state = 'not loaded') AS wrong,
+                 pg_catalog.string_agg(s.worker || ' ' || s.state, ', ' ORDER BY s.worker) FILTER (WHERE s.worker IN ('engine', 'launcher')) AS states
+          FROM kne_status() s) bad
+    UNION ALL
+    SELECT w.what, w.ok IS NOT FALSE OR count(r.edit_id) = 0, w.detail, count(r.edit_id), pg_catalog.clock_timestamp() - min(r.since)
+    FROM (VALUES ('running', NULL::boolean, 'in the engine, or being written'),
+                 ('queued', NULL, 'for the worker'),
+                 ('behind another request of its fact', NULL, 'for that one to finish'),
+                 ('put off', false, 'after a failure; see the column error of kne.edit_request'),
+                 ('of another database', NULL, 'for kne_adopt()')) w (what, ok, detail)
+    LEFT JOIN (SELECT q.edit_id, q.requested_at AS since,
+                      CASE WHEN q.origin <> i.origin OR q.origin_database <> d.oid THEN 'of another database'
+                           WHEN q.state = 'running' THEN 'running'
+                           WHEN q.edit_id > min(q.edit_id) OVER (PARTITION BY q.model_id, q.subject, q.relation)
+                               THEN 'behind another request of its fact'
+                           WHEN q.error IS NOT NULL OR q.not_before IS NOT NULL THEN 'put off'
+                           ELSE 'queued' END AS what
+               FROM kne.edit_request q, kne.instance i, pg_catalog.pg_database d
+               WHERE q.state IN ('pending', 'running') AND d.datname = pg_catalog.current_database()) r ON r.what = w.what
+    GROUP BY w.what, w.ok, w.detail;
+
 CREATE OR REPLACE VIEW kne.stat_size AS
     SELECT r.edit_id, m.name AS model, r.state, s.generation, s.n_neurons AS neurons, s.n_rows AS delta_rows,
            CASE WHEN s.solved_at < (SELECT max(b.at) FROM kne.rebase b WHERE b.model_id = s.model_id) THEN 0

@@ -719,8 +719,7 @@ CREATE VIEW kne.stat_health AS
     LEFT JOIN (SELECT q.edit_id, q.requested_at AS since,
                       CASE WHEN q.origin <> i.origin OR q.origin_database <> d.oid THEN 'of another database'
                            WHEN q.state = 'running' THEN 'running'
-                           WHEN EXISTS (SELECT FROM kne.edit_request o WHERE o.model_id = q.model_id AND o.subject = q.subject
-                                        AND o.relation = q.relation AND o.edit_id < q.edit_id AND o.state IN ('pending', 'running'))
+                           WHEN q.edit_id > min(q.edit_id) OVER (PARTITION BY q.model_id, q.subject, q.relation)
                                THEN 'behind another request of its fact'
                            WHEN q.error IS NOT NULL OR q.not_before IS NOT NULL THEN 'put off'
                            ELSE 'queued' END AS what

@@ -553,10 +553,6 @@ kne_revert_all(PG_FUNCTION_ARGS)
 
 /* ---------------------------------------------------------------- cancel, retry, adopt */
 
-/* The edit $1 and, if it is of a unit, those that share its fate. */
-#define UNIT_OF \
-    "SELECT $1 UNION SELECT m.edit_id FROM kne.edit_request m JOIN kne.edit_request e ON m.unit = e.unit WHERE e.edit_id = $1"
-
 /* The edit_ids of the last result. */
 static int64 *
 rows_of(uint64 n, uint64 *out)
@@ -572,22 +568,25 @@ rows_of(uint64 n, uint64 *out)
 bool
 kne_cancel_edit(int64 edit_id)
 {
+#define CANCEL "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp() WHERE state IN ('pending', 'running') AND "
+    static KnePlan unit_of = {"SELECT unit FROM kne.edit_request WHERE edit_id = $1", 1, {INT8OID}};
     /* In the order in which a revert or a retry of the unit takes them: two who want the same unit wait, and do not deadlock. */
-    static KnePlan lock = {
-        "SELECT edit_id FROM kne.edit_request WHERE edit_id IN (" UNIT_OF ") ORDER BY edit_id FOR NO KEY UPDATE", 1, {INT8OID}};
-    static KnePlan cancel = {
-        "UPDATE kne.edit_request SET state = 'cancelled', finished_at = clock_timestamp()"
-        " WHERE edit_id IN (" UNIT_OF ") AND state IN ('pending', 'running') RETURNING edit_id",
-        1,
-        {INT8OID}};
-    Datum value = Int64GetDatum(edit_id);
+    static KnePlan lock = {"SELECT edit_id FROM kne.edit_request WHERE unit = $1 ORDER BY edit_id FOR NO KEY UPDATE", 1, {INT8OID}};
+    /* Two statements, for plans that are good whatever is known of the table, into which thousands may just have been inserted. */
+    static KnePlan whole = {CANCEL "unit = $1 RETURNING edit_id", 1, {INT8OID}};
+    static KnePlan alone = {CANCEL "edit_id = $1 RETURNING edit_id", 1, {INT8OID}};
+    Datum value = Int64GetDatum(edit_id), unit;
+    bool no_unit;
     int64 *ids;
     uint64 n;
 
     kne_spi_connect();
-    if (kne_spi(&lock, KNE_WRITE, &value, NULL) == 0)
+    if (kne_spi(&unit_of, KNE_WRITE, &value, NULL) == 0)
         kne_no_such_edit(edit_id);
-    ids = rows_of(kne_spi(&cancel, KNE_WRITE, &value, NULL), &n);
+    unit = kne_spi_datum(0, 1, &no_unit);
+    if (!no_unit)
+        kne_spi(&lock, KNE_WRITE, &unit, NULL);
+    ids = rows_of(no_unit ? kne_spi(&alone, KNE_WRITE, &value, NULL) : kne_spi(&whole, KNE_WRITE, &unit, NULL), &n);
     for (uint64 i = 0; i < n; i++)
         kne_event_user(ids[i], "cancelled", "reason", NULL);
     if (n > 0)
@@ -652,7 +651,10 @@ retry_one(int64 edit_id)
 static Datum
 retry_body(PG_FUNCTION_ARGS)
 {
-    static KnePlan unit = {"SELECT edit_id FROM (" UNIT_OF ") u (edit_id) ORDER BY 1", 1, {INT8OID}};
+    static KnePlan unit = {"SELECT edit_id FROM (SELECT $1 UNION SELECT m.edit_id FROM kne.edit_request m JOIN kne.edit_request e"
+                           " ON m.unit = e.unit WHERE e.edit_id = $1) u (edit_id) ORDER BY 1",
+                           1,
+                           {INT8OID}};
     int64 edit_id = edit_id_arg(fcinfo), *ids;
     Datum value = Int64GetDatum(edit_id);
     uint64 n;
