@@ -16,7 +16,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(kne_cluster kne_start kne_enable kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_waiting kne_running kne_socket alive
+our @EXPORT = qw(kne_cluster kne_start kne_enable kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_waiting kne_running kne_socket kne_close alive
 	wait_gone wait_for quick);
 
 my $model = $ENV{KNE_TEST_MODEL} // abs_path("$FindBin::RealBin/../models/atlas") // '';
@@ -117,6 +117,18 @@ sub kne_socket
 	my ($name) = slurp_file("$FindBin::RealBin/../extension/kne_ext.h") =~ /#define KNE_SOCKET "([^"]+)"/;
 
 	return $node->data_dir . '/' . $name;
+}
+
+# The same text, and numbers in it that are the same but for the order in which sums are rounded.
+sub kne_close
+{
+	my ($got, $expected, $name) = @_;
+	my $number = qr{-?\d+(?:\.\d+)?(?:e-?\d+)?};
+	my @is = $got =~ /$number/g;
+	my @should = $expected =~ /$number/g;
+	my $apart = grep { abs($is[$_] - ($should[$_] // 0)) > 1e-3 } 0 .. $#is;
+
+	return ok($apart == 0 && $got =~ s/$number/N/gr eq $expected =~ s/$number/N/gr, $name) || diag("     got: $got\nexpected: $expected");
 }
 
 # state:attempts:deaths
