@@ -2,6 +2,7 @@
 # programs that check it: test_cuda, with the kernels compiled for the host, and gpu_check, on a GPU.
 # Included by src/engine.mk. CUDA_ARCHS: compute capabilities; those that the toolkit does not know are left out.
 NVCC       ?= $(firstword $(wildcard $(addsuffix /nvcc,$(subst :, ,$(PATH))) /usr/local/cuda/bin/nvcc))
+NO_CUDA     = no nvcc
 CUDA_ARCHS ?= 75 80 86 89 90 100 120
 CU_SRC      = $(wildcard kernels/*.cu)
 
@@ -11,13 +12,25 @@ PLAIN_SRC = $(filter-out src/kne_main.c,$(shell grep -LE 'include [<"](pcre2|utf
 $(BUILD)/libkne_plain.a: $(PLAIN_SRC:src/%.c=$(BUILD)/%.o)
 	rm -f $@ && $(AR) rcs $@ $^
 
+# A toolkit that cannot build this is as good as none: it must not stop the rest.
+ifneq ($(NVCC),)
+CUDA_TOP  := $(abspath $(dir $(realpath $(NVCC)))/..)
+ifeq ($(shell test "$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\).*/\1/p')" -ge 12 2>/dev/null && echo yes),)
+NO_CUDA   := $(NVCC) is not of toolkit 12 or newer
+override NVCC :=
+else ifeq ($(wildcard $(addsuffix /cublasLt.h,$(CUDA_TOP)/include $(CUDA_TOP)/targets/*/include /usr/include $(subst :, ,$(CPATH)))),)
+NO_CUDA   := $(NVCC) is there but cublasLt.h is not (libcublas-dev)
+override NVCC :=
+endif
+endif
+
 ifneq ($(NVCC),)
 CUDA_KNOWN = $(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null))
 CUDA_USED  = $(filter $(CUDA_ARCHS),$(CUDA_KNOWN))
 NVCC_FLAGS = -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter -Isrc \
              $(foreach a,$(CUDA_USED),-gencode arch=compute_$(a),code=sm_$(a)) \
-             -gencode arch=compute_$(lastword $(CUDA_USED)),code=compute_$(lastword $(CUDA_USED))
-CUDA_LIB   = $(abspath $(dir $(NVCC))/../lib64)
+             $(foreach a,$(sort $(firstword $(CUDA_USED)) $(lastword $(CUDA_USED))),-gencode arch=compute_$(a),code=compute_$(a))
+CUDA_LIB   = $(CUDA_TOP)/lib64
 
 kernels: $(BUILD)/kne_cuda.so
 
@@ -35,7 +48,7 @@ $(BUILD)/kne_cuda.so: $(CU_SRC:kernels/%.cu=$(BUILD)/cuda/%.o)
 	$(NVCC) -shared -cudart static $(filter %.o,$^) -o $@ -lcublasLt -Xlinker -rpath,$(CUDA_LIB)
 else
 kernels:
-	@echo "no nvcc: built without the GPU backend"
+	@echo "$(NO_CUDA): built without the GPU backend"
 endif
 
 # The kernels compiled for the host, by whichever C++ compiler there is; without one test_cuda is not built.

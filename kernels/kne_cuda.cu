@@ -103,6 +103,7 @@ cu_alloc(void *ctx, size_t bytes)
 
     if (!kne_cu_ready(cu) || outside_record(cu))
         return NULL;
+    cu->last.x = NULL; /* the address may be that of another's */
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
     {
         cudaGetLastError(); /* the caller says it; nothing is broken */

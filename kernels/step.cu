@@ -94,13 +94,14 @@ gram_kernel(double *m, const float *a, int64_t ld, int64_t rows, const int32_t *
 
 /*
  * In place the inverse of scale m + ridge I, by sweeping every pivot (Goodnight, The American Statistician 33, 1979), which
- * keeps it symmetric; a positive matrix needs no search for pivots. One block a matrix.
+ * keeps it symmetric; a positive matrix needs no search for pivots. One block a matrix, a warp a row.
  */
-static __global__ void
+static __global__ void __launch_bounds__(4 * KNE_BLOCK)
 factor_kernel(double *m, const float *gram, const kne_metric_block *block, double scale, double ridge)
 {
     const kne_metric_block b = block[blockIdx.x];
     const int64_t          n = b.n;
+    const int64_t          lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     double                *x = m + b.at;
 
     for (int64_t at = threadIdx.x; at < n * n; at += blockDim.x)
@@ -111,9 +112,10 @@ factor_kernel(double *m, const float *gram, const kne_metric_block *block, doubl
         const double *row = x + p * n;
         const double  by = 1 / fmax(row[p], 1e-300);
 
-        for (int64_t at = threadIdx.x; at < n * n; at += blockDim.x)
-            if (at / n != p && at % n != p)
-                x[at] -= row[at / n] * row[at % n] * by;
+        for (int64_t i = warp; i < n; i += warps)
+            for (int64_t j = lane; i != p && j < n; j += 32)
+                if (j != p)
+                    x[i * n + j] -= row[i] * row[j] * by;
         __syncthreads();
         for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
             if (i != p)
@@ -269,7 +271,7 @@ factor(void *ctx, double *m, const float *gram_of, const kne_metric_block *block
        double ridge)
 {
     if (n_block > 0)
-        KNE_LAUNCH((kne_cu *) ctx, factor_kernel, (unsigned) n_block, KNE_BLOCK, 0, m, gram_of, block, scale, ridge);
+        KNE_LAUNCH((kne_cu *) ctx, factor_kernel, (unsigned) n_block, 4 * KNE_BLOCK, 0, m, gram_of, block, scale, ridge);
 }
 
 static void

@@ -9,7 +9,7 @@ trap 'rm -rf "$out"' EXIT
 row() { table+=$(printf '%-44s %s' "$1" "$2")$'\n'; }
 
 if [ ! -e "$build/kne_cuda.so" ]; then
-    echo "gpu-check: there is no nvcc here, so there is no GPU backend to check" >&2
+    echo "gpu-check: the GPU backend was not built (make kernels says why), so there is nothing to check" >&2
     exit 77
 fi
 "$build/gpu_check" | tee "$out/check"

@@ -94,7 +94,7 @@ world_new(const tiny_spec *spec, uint64_t state, kne_backend *device)
             random_word(w->prompt[i][p], &state);
             w->prompts[i][p] = (kne_text) {w->prompt[i][p], strlen(w->prompt[i][p])};
         }
-        w->object[i][1] = (char) (i ? 'c' : '\0'); /* one of two tokens */
+        w->object[i][1] = (char) (i ? 'e' : '\0'); /* one of two tokens */
         w->object[i][0] = (char) ('a' + (best_letter(w, w->prompt[i][0], &knows) - 'a' + 1 + i) % 16);
         for (int k = 0; k < 8; k++)
             w->anchors[i][k] = (i * 9 + k * 5) % w->n_known;
