@@ -12,8 +12,8 @@
 #include <time.h>
 #include <unistd.h>
 
-typedef enum part { BEFORE, ATTRIBUTE, ANCHORS, STEPS, AFTER, N_PARTS } part;
-typedef enum kind { FORWARD, LOSS, BACKWARD, GRADIENT, SCORE, OTHER, N_KINDS } kind;
+typedef enum part { BEFORE, ATTRIBUTE, ENERGY, ANCHORS, STEPS, AFTER, N_PARTS } part;
+typedef enum kind { FORWARD, LOSS, BACKWARD, GRADIENT, SCORE, STEP, OTHER, N_KINDS } kind;
 
 typedef struct sum
 {
@@ -26,7 +26,7 @@ typedef struct pass
 {
     sum    of[N_KINDS];
     double start, last; /* of its ops */
-    bool   scored, learned;
+    bool   scored, ranked, learned;
 } pass;
 
 static kne_backend *inner, outer;
@@ -109,7 +109,6 @@ linear_bwd(void *ctx, float *dx, int64_t ldx, const float *dy, int64_t ldy, cons
 static void
 matmul_tn(void *ctx, float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t m, int64_t p, int64_t k, float beta)
 {
-    passes[n_passes - 1].learned = true;
     DO(GRADIENT, 2.0 * (double) (m * p * k), (F(m, p) + F(k, m + p)), matmul_tn(ctx, c, ldc, a, lda, b, ldb, m, p, k, beta));
 }
 
@@ -246,6 +245,66 @@ score(void *ctx, float *s, const float *a, const float *u, const float *coef, in
     DO(SCORE, 3.0 * (double) (n * f), (2 * F(n, f) + 2 * F(1, f)), score(ctx, s, a, u, coef, n, f));
 }
 
+/* A gradient's rows are one product an edit, of its rows in the pass and its neurons in a layer. */
+static void
+grad_rows(void *ctx, float *grad, const kne_grad_row *of_, int64_t n, const float *left, int64_t f, const float *right, int64_t d, float *scratch)
+{
+    double rows = 0;
+
+    for (int64_t i = 0; i < n; i++)
+        rows += of_[i].to - of_[i].from;
+    passes[n_passes - 1].learned = true;
+    DO(GRADIENT, 2.0 * rows * (double) d, F(n, d) + 4 * rows, grad_rows(ctx, grad, of_, n, left, f, right, d, scratch));
+}
+
+static void
+energy(void *ctx, float *s, int64_t ld, const float *z, const float *a, const float *k, const int32_t *row0, int64_t n, int64_t rows, int64_t f, float scale)
+{
+    double pairs = 0;
+
+    for (int64_t e = 0; e < n; e++)
+        pairs += (double) (row0[e + 1] - row0[e]) * (row0[e + 1] - row0[e]);
+    passes[n_passes - 1].ranked = true;
+    DO(SCORE, 3 * pairs * (double) f, 2 * F(rows, f) + F(n, f), energy(ctx, s, ld, z, a, k, row0, n, rows, f, scale));
+}
+
+static void
+top(void *ctx, int32_t *index, const float *s, int64_t ld, uint64_t *keys, int64_t rows, int64_t n_all, int64_t n)
+{
+    DO(SCORE, 0, F(rows, n_all), top(ctx, index, s, ld, keys, rows, n_all, n));
+}
+
+static void
+factor(void *ctx, double *m, const float *gram, const kne_metric_block *block, int64_t n_block, int64_t max_n, double scale, double ridge)
+{
+    DO(OTHER, 0, 0, factor(ctx, m, gram, block, n_block, max_n, scale, ridge));
+}
+
+/* Two triangles, in double. */
+static void
+solve(void *ctx, float *x, float beta, float scale, float *g, const double *m, const kne_metric_block *block, int64_t n_block, int64_t max_n,
+      const kne_mover *mover, int64_t d, double *scratch)
+{
+    double n2 = 0;
+
+    for (int64_t b = 0; b < n_block; b++)
+        n2 += mover && !mover[block[b].owner].moves ? 0 : (double) block[b].n * block[b].n;
+    DO(STEP, 2 * n2 * (double) d, 8 * n2, solve(ctx, x, beta, scale, g, m, block, n_block, max_n, mover, d, scratch));
+}
+
+static void
+adam(void *ctx, float *delta, float *mean, float *var, const float *grad, const int32_t *owner, const kne_mover *mover, int64_t n, int64_t d)
+{
+    DO(STEP, 12.0 * (double) (n * d), 7 * F(n, d), adam(ctx, delta, mean, var, grad, owner, mover, n, d));
+}
+
+static void
+compose(void *ctx, float *eff, const float *base, const float *before, const float *delta, const int32_t *from, const int32_t *place,
+        int64_t n, int64_t d, kne_dtype type)
+{
+    DO(STEP, 3.0 * (double) (n * d), 4 * F(n, d), compose(ctx, eff, base, before, delta, from, place, n, d, type));
+}
+
 static void
 gather_neurons(void *ctx, float *out, const kne_mat *w, bool by_col, const int32_t *idx, int64_t n)
 {
@@ -258,28 +317,57 @@ typedef struct probe
 {
     const float *data;
     size_t       n;
-    double       seconds, result;
+    double       seconds, result, lanes;
     pthread_barrier_t *gate;
     bool         memory;
 } probe;
 
 typedef float vec __attribute__((vector_size(64)));
 
-__attribute__((target_clones("avx512f", "avx2,fma", "default"), noinline)) static float
-multiply_add(int rounds)
-{
-    vec a[12], b = {0}, c = {0}, s = {0};
+/* Twelve chains of multiply-adds in registers of their own width: wider ones would be stored and loaded. */
+#define CHAINS(name, lanes, attribute)                                          \
+    attribute static __attribute__((noinline)) float name(int rounds)           \
+    {                                                                           \
+        typedef float v __attribute__((vector_size(4 * lanes)));                \
+        v a[12], b = {0}, c = {0}, s = {0};                                     \
+                                                                                \
+        b += 0.999999f;                                                         \
+        c += 1e-7f;                                                             \
+        _Pragma("GCC unroll 12")                                                \
+        for (int i = 0; i < 12; i++)                                            \
+            a[i] = b + (float) i;                                               \
+        for (int r = 0; r < rounds; r++)                                        \
+        {                                                                       \
+            _Pragma("GCC unroll 12")                                            \
+            for (int i = 0; i < 12; i++)                                        \
+                a[i] = a[i] * b + c;                                            \
+        }                                                                       \
+        _Pragma("GCC unroll 12")                                                \
+        for (int i = 0; i < 12; i++)                                            \
+            s += a[i];                                                          \
+        return s[0] + s[3];                                                     \
+    }
+#if defined(__x86_64__)
+CHAINS(chains_avx512, 16, __attribute__((target("avx512f"))))
+CHAINS(chains_avx2, 8, __attribute__((target("avx2,fma"))))
+#endif
+CHAINS(chains_any, 4, )
 
-    b += 0.999999f;
-    c += 1e-7f;
-    for (int i = 0; i < 12; i++)
-        a[i] = b + (float) i;
-    for (int r = 0; r < rounds; r++)
-        for (int i = 0; i < 12; i++)
-            a[i] = a[i] * b + c;
-    for (int i = 0; i < 12; i++)
-        s += a[i];
-    return s[0] + s[7];
+/* *lanes: of a multiply-add. */
+static float
+multiply_add(int rounds, double *lanes)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    *lanes = 16;
+    if (__builtin_cpu_supports("avx512f"))
+        return chains_avx512(rounds);
+    *lanes = 8;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return chains_avx2(rounds);
+#endif
+    *lanes = 4;
+    return chains_any(rounds);
 }
 
 __attribute__((target_clones("avx512f", "avx2", "default"), noinline)) static float
@@ -302,7 +390,7 @@ run_probe(void *arg)
 
     pthread_barrier_wait(p->gate);
     double t0 = now();
-    p->result = p->memory ? read_all(p->data, p->n) : multiply_add(4 << 20);
+    p->result = p->memory ? read_all(p->data, p->n) : multiply_add(4 << 20, &p->lanes);
     p->seconds = now() - t0;
     return NULL;
 }
@@ -331,7 +419,7 @@ machine(int threads, double *gflops, double *gbytes)
         {
             size_t share = n / (size_t) threads & ~(size_t) 127;
 
-            p[i] = (probe) {data + share * (size_t) i, share, 0, 0, &gate, round % 2};
+            p[i] = (probe) {.data = data + share * (size_t) i, .n = share, .gate = &gate, .memory = round % 2};
             pthread_create(&t[i], NULL, run_probe, &p[i]);
         }
         for (int i = 0; i < threads; i++)
@@ -339,7 +427,7 @@ machine(int threads, double *gflops, double *gbytes)
             pthread_join(t[i], NULL);
             longest = p[i].seconds > longest ? p[i].seconds : longest;
         }
-        all = round % 2 ? (double) n * 4 / longest / 1e9 : threads * (4.0 * (1 << 20) * 12 * 16 * 2) / longest / 1e9;
+        all = round % 2 ? (double) n * 4 / longest / 1e9 : threads * (4.0 * (1 << 20) * 12 * p[0].lanes * 2) / longest / 1e9;
         if (round % 2)
             *gbytes = all > *gbytes ? all : *gbytes;
         else
@@ -382,7 +470,7 @@ main(int argc, char **argv)
     kne_view    *view;
     kne_edit_result *res;
     struct kne_ref_cache *cache;
-    double       gflops, gbytes, total = 0, solve = 0, rest = 0;
+    double       gflops, gbytes, total = 0, between = 0, rest = 0;
     sum          of[N_PARTS][N_KINDS] = {0};
     long         steps = 0, n_pass[N_PARTS] = {0};
 
@@ -415,7 +503,7 @@ main(int argc, char **argv)
     WRAP(linear), WRAP(linear_bwd), WRAP(matmul_tn), WRAP(embed), WRAP(rmsnorm), WRAP(rmsnorm_bwd), WRAP(layernorm),
         WRAP(layernorm_bwd), WRAP(rope), WRAP(attention), WRAP(attention_bwd), WRAP(act), WRAP(act_bwd), WRAP(add),
         WRAP(scale_rows), WRAP(logprob), WRAP(kl), WRAP(log_softmax), WRAP(gather_cols), WRAP(scatter_cols), WRAP(score),
-        WRAP(gather_neurons);
+        WRAP(gather_neurons), WRAP(grad_rows), WRAP(energy), WRAP(top), WRAP(factor), WRAP(solve), WRAP(adam), WRAP(compose);
     begin_pass();
     if (kne_view_new(model, &outer, 0, NULL, NULL, &view, &err) != KNE_OK)
         die("view", &err);
@@ -451,8 +539,8 @@ main(int argc, char **argv)
         {
             double from = p ? passes[p].start : t0, to = p + 1 < n_passes ? passes[p + 1].start : t1, ops = 0;
 
-            at = passes[p].scored ? ATTRIBUTE : passes[p].learned ? STEPS
-                 : p > last_learned ? AFTER : at == ATTRIBUTE || at == ANCHORS ? ANCHORS : at;
+            at = passes[p].scored ? ATTRIBUTE : passes[p].ranked ? ENERGY : passes[p].learned ? STEPS
+                 : last_learned >= 0 && p > last_learned ? AFTER : at == ENERGY || at == ATTRIBUTE || at == ANCHORS ? ANCHORS : at;
             n_pass[at]++;
             for (int k = 0; k < N_KINDS; k++)
             {
@@ -461,7 +549,7 @@ main(int argc, char **argv)
             }
             total += to - from;
             if (at == STEPS)
-                solve += to - from - ops;
+                between += to - from - ops;
             else
                 rest += to - from - ops;
         }
@@ -482,6 +570,13 @@ main(int argc, char **argv)
     add_to(&s, &of[ATTRIBUTE][LOSS]);
     add_to(&s, &of[ATTRIBUTE][OTHER]);
     row("attribution: log-probability, scores", s, total, n_edits, gflops, gbytes);
+    row("energy: forward, known facts", of[ENERGY][FORWARD], total, n_edits, gflops, gbytes);
+    row("energy: backward", of[ENERGY][BACKWARD], total, n_edits, gflops, gbytes);
+    s = (sum) {0};
+    for (int k = 0; k < N_KINDS; k++)
+        if (k != FORWARD && k != BACKWARD)
+            add_to(&s, &of[ENERGY][k]);
+    row("energy: solving, scores, the highest", s, total, n_edits, gflops, gbytes);
     s = (sum) {0};
     for (int k = 0; k < N_KINDS; k++)
         add_to(&s, &of[ANCHORS][k]);
@@ -491,7 +586,8 @@ main(int argc, char **argv)
     row("steps: backward", of[STEPS][BACKWARD], total, n_edits, gflops, gbytes);
     row("steps: weight gradients", of[STEPS][GRADIENT], total, n_edits, gflops, gbytes);
     row("steps: gather and scatter", of[STEPS][OTHER], total, n_edits, gflops, gbytes);
-    printf("| steps: optimiser, effective rows, zeroing | %.2f | %.1f | | | | |\n", 1e3 * solve / n_edits, 100 * solve / total);
+    row("steps: metric or Adam, effective rows", of[STEPS][STEP], total, n_edits, gflops, gbytes);
+    printf("| steps: the rest of the optimiser | %.2f | %.1f | | | | |\n", 1e3 * between / n_edits, 100 * between / total);
     s = (sum) {0};
     for (int k = 0; k < N_KINDS; k++)
         add_to(&s, &of[AFTER][k]);

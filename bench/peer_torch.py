@@ -231,7 +231,7 @@ def compare(a, peer, options, prompts, anchors):
         n = min(x["steps"], y["steps"])
         loss = max([loss] + [abs(x["losses"][k] - y["losses"][k]) / max(1.0, abs(x["losses"][k])) for k in range(n)])
         overlap = min(overlap, len(set(x["ensemble"]) & set(y["ensemble"])) / len(x["ensemble"]))
-        p = max(p, abs(x["p_before"] / y["p_before"] - 1), abs(x["p_after"] - y["p_after"]))
+        p = max(p, abs(x["p_before"] / y["p_before"] - 1), abs(x["p_after"] - y["p_after"]) if y["applied"] else 0)
         steps &= x["steps"] == y["steps"] and x["reached"] == bool(y["applied"])
     print(f"\nOver {a.rounds} edits: at least {100 * overlap:.2f} % of the neurons are the same; "
           f"{'as many steps' if steps else 'NOT AS MANY STEPS'}; the loss differs by at most {loss:.1e}, the probabilities before and after "

@@ -41,7 +41,9 @@ echo
 
 title "Beside a peer in PyTorch"
 if "$python" -c 'import torch, transformers, tokenizers' 2>/dev/null; then
-    "$python" bench/peer_torch.py "$build/bench_peer" "$work/gpt2" "$work/edits.tsv" --rounds 3
+    "$python" bench/peer_torch.py "$build/bench_peer" "$work/gpt2" "$work/edits.tsv" --rounds 3 --steps 10 --lr 2e-4 --probability 0.9999
+    echo
+    "$python" bench/peer_torch.py "$build/bench_peer" "$work/gpt2" "$work/edits.tsv" --rounds 2 --settings 1:0
 else
     echo "Skipped: $python has no torch, transformers and tokenizers; set KNE_BENCH_PYTHON to one that has."
 fi

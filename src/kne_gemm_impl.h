@@ -459,6 +459,25 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
     }
 #endif
 
+/* For any type of W, so compiled once. */
+static __attribute__((noinline)) void
+turn_rows_any(int64_t n, float *packed, const float *x, int64_t xs_row, int64_t nk)
+{
+    TILES(n, turn_rows(T, packed, x, xs_row, nk))
+}
+
+static __attribute__((noinline)) void
+turn_tile_any(int64_t n, float *y, const float *x, const float *panel, int64_t nk, float *aside, bool first, bool last)
+{
+    TILES(n, turn_tile(T, y, x, panel, nk, aside, first, last))
+}
+
+static __attribute__((noinline)) void
+pack_rows_any(int64_t n, float *to, const float *x, int64_t xs_row, int64_t xs_k, int64_t nk)
+{
+    TILES(n, pack_rows(T, to, x, xs_row, xs_k, nk))
+}
+
 KNE_INLINE void
 nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
 {
@@ -475,7 +494,7 @@ nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, 
             const float  *x = g->x + (r0 + r) * g->xs_row + k;
             float        *to = packed + r * k_padded + k * rows;
 
-            TILES(rows, turn_rows(T, to, x, g->xs_row, nk))
+            turn_rows_any(rows, to, x, g->xs_row, nk);
         }
     }
     for (int64_t o = o0; o < o1; o += TURN_W)
@@ -492,7 +511,7 @@ nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, 
                 float         sum[TURN_TILE] __attribute__((aligned(64)));
                 float        *mine = first && last ? aside : aside + r * VL * TURN_W;
 
-                TILES(rows, turn_tile(T, sum, x, panel, nk, mine, first, last))
+                turn_tile_any(rows, sum, x, panel, nk, mine, first, last);
                 for (int64_t i = 0; i < rows && last; i++)
                     finish_row(g, sum + i * TURN_W, o, no, r0 + r + i);
             }
@@ -666,7 +685,7 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
             const int64_t r = n * t / tiles;
             const float  *x = g->x + (r0 + r) * g->xs_row + k * g->xs_k;
 
-            TILES(n * (t + 1) / tiles - r, pack_rows(T, packed + r * nk, x, g->xs_row, g->xs_k, nk))
+            pack_rows_any(n * (t + 1) / tiles - r, packed + r * nk, x, g->xs_row, g->xs_k, nk);
         }
         if (k + 2 * NN_K > g->k) /* the last whole block: nothing comes after it */
             below = NULL;
