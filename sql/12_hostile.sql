@@ -76,15 +76,15 @@ SELECT pg_catalog.count(*) FROM kne_locate('Kenya', 'capital', 'Paris', options 
 SELECT kne_detokenize(kne_tokenize('Kenya'));
 SELECT pg_catalog.float8lt(kne_logprob('The capital of Kenya is', 'Nairobi'), 0);
 SELECT pg_catalog.count(*) FROM kne_status() s WHERE s.worker OPERATOR(pg_catalog.=) 'engine'::pg_catalog.text;
+BEGIN;
+SELECT kne_revert(:id, 'reason');
+ROLLBACK;
 INSERT INTO kne.edit_request (subject, relation, object) VALUES ('Kenya', 'capital', 'Madrid');
 INSERT INTO kne.fact (subject, relation, object) VALUES ('Hostile', 'capital', 'Nowhere');
 SELECT kne_adopt();
 SELECT kne_load_model('hostile', '/');
 SELECT kne_load_model('hostile', :'model', false) OPERATOR(pg_catalog.>) 0;
 SELECT kne_drop_model('hostile');
-BEGIN;
-SELECT kne_revert(:id, 'reason');
-ROLLBACK;
 \set VERBOSITY default
 RESET SESSION AUTHORIZATION;
 RESET ALL;
