@@ -17,6 +17,7 @@
 #define ANCHOR_BYTES ((size_t) 1 << 30) /* of the anchors' distributions */
 #define STAYS 0.85 /* share of the probability asked for, above which an edit that was reached stays so */
 #define SHORTEST 0.125 /* step of an edit, in units of lr */
+#define ANCHORS_OF 64.0 /* edits of a batch that the anchors hold back with all their weight: of more they are too many for any to arrive */
 #define ANCHOR_QUIET 1e-3 /* divergence at a position, below which an anchor need not be seen every round */
 
 /* ---- layout ---- */
@@ -210,7 +211,7 @@ anchor_weight(const batch *b, const edit *e)
 {
     const double late = fmax(0, (double) e->out->steps / b->opt.max_steps - 0.2);
 
-    return b->anchors.n ? b->opt.beta * exp2(-10 * late) / b->anchors.outs_an_edit : 0;
+    return b->anchors.n ? fmin(1, ANCHORS_OF / b->job->n_edits) * b->opt.beta * exp2(-10 * late) / b->anchors.outs_an_edit : 0;
 }
 
 /* Tokens of the object of anchor i. */
