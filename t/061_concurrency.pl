@@ -56,7 +56,7 @@ my %script = (
 	'retry@1'  => "SELECT try('kne_retry', '{failed,cancelled}');\n\\sleep 30 ms\n",
 	'consolidate@1' => "SELECT kne_consolidate() AS id \\gset\nSELECT kne_wait_consolidation(:id);\n",
 	'undo@1'   => "BEGIN;\nSELECT try('kne_revert', '{applied}');\nSELECT kne_edit(subject(), 'capital', object(), options => '$options');\nROLLBACK;\n",
-	'wait@1'   => "SELECT kne_wait(edit_id, '1 minute') FROM (SELECT max(edit_id) AS edit_id FROM kne.edit_request"
+	'wait@1'   => "SELECT kne_wait(edit_id, '10 minutes') FROM (SELECT max(edit_id) AS edit_id FROM kne.edit_request"
 	  . " WHERE state IN ('pending', 'running')) r WHERE edit_id IS NOT NULL;\n",
 	'stand@2'  => "BEGIN ISOLATION LEVEL REPEATABLE READ;\nSELECT kne_logprob('The capital of France is', 'Rome') AS a \\gset\n\\sleep 100 ms\n"
 	  . "SELECT same(:a, kne_logprob('The capital of France is', 'Rome'));\nCOMMIT;\n",
