@@ -79,8 +79,6 @@ CREATE INDEX edit_request_pending ON kne.edit_request (model_id, edit_id) WHERE 
 CREATE INDEX edit_request_unit ON kne.edit_request (unit) WHERE unit IS NOT NULL;
 CREATE UNIQUE INDEX edit_request_one_applied ON kne.edit_request (model_id, subject, relation) WHERE state = 'applied';
 CREATE INDEX edit_request_fact ON kne.edit_request (model_id, subject, relation, edit_id);
--- for the worker's claim: whether an older request of the fact waits, without the fact's whole history
-CREATE INDEX edit_request_unfinished ON kne.edit_request (model_id, subject, relation, edit_id) WHERE state IN ('pending', 'running');
 
 -- What a model should know: told by users, and made so by edits. A row without a time gets it from the trigger: told
 -- facts begin now, facts made by an edit when its transaction commits.
