@@ -438,17 +438,10 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         break;             \
     }
 #if NN_T > 4
-#define TILES(n, call)                                                                                                   \
-    switch ((int) (n))                                                                                                   \
-    {                                                                                                                    \
-        TILE_CASE(1, call)                                                                                               \
-        TILE_CASE(2, call)                                                                                               \
-        TILE_CASE(3, call)                                                                                               \
-        TILE_CASE(4, call)                                                                                               \
-        TILE_CASE(5, call)                                                                                               \
-        TILE_CASE(6, call)                                                                                               \
-    }
+#define TILE_CASES_ABOVE_4(call) TILE_CASE(5, call) TILE_CASE(6, call)
 #else
+#define TILE_CASES_ABOVE_4(call)
+#endif
 #define TILES(n, call)                                                                                                   \
     switch ((int) (n))                                                                                                   \
     {                                                                                                                    \
@@ -456,8 +449,8 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         TILE_CASE(2, call)                                                                                               \
         TILE_CASE(3, call)                                                                                               \
         TILE_CASE(4, call)                                                                                               \
+        TILE_CASES_ABOVE_4(call)                                                                                         \
     }
-#endif
 
 /* For any type of W, so compiled once. */
 static __attribute__((noinline)) void

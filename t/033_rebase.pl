@@ -11,17 +11,10 @@ use Test::More;
 
 my $node = kne_cluster('rebase');
 my $dir = $node->basedir . '/out';
-my ($out, $err);
 
 sub q1 { return $node->safe_psql('postgres', shift); }
 
-sub fails
-{
-	my ($sql, $like, $name) = @_;
-
-	$node->psql('postgres', "\\set VERBOSITY verbose\n$sql", stdout => \$out, stderr => \$err);
-	return like($err, $like, $name);
-}
+sub fails { return kne_fails($node, @_); }
 
 sub invariants
 {

@@ -13,17 +13,10 @@ my $node = kne_cluster('rebased', 'kne.autoconsolidate_threshold' => 1, 'kne.aut
 	'kne.autoconsolidate_naptime' => 0);
 my $dir = $node->basedir . '/out';
 my $quick = quick();
-my ($out, $err);
 
 sub q1 { return $node->safe_psql('postgres', shift); }
 
-sub fails
-{
-	my ($sql, $like, $name) = @_;
-
-	$node->psql('postgres', "\\set VERBOSITY verbose\n$sql", stdout => \$out, stderr => \$err);
-	return like($err, $like, $name);
-}
+sub fails { return kne_fails($node, @_); }
 
 sub edited
 {

@@ -230,7 +230,7 @@ note(join(', ', map { "$_: $done{$_}" } sort keys %done));
 append_to_file("$dir/stop", '');
 waitpid($_, 0) for @children;
 up();
-my ($left, $before) = (0, 0);
+my ($left, $before) = ('inf');
 do
 {
 	$before = $left;

@@ -16,7 +16,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(kne_cluster kne_start kne_enable kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_waiting kne_running kne_socket kne_close alive
+our @EXPORT = qw(kne_cluster kne_start kne_enable kne_prepare kne_edit kne_pid kne_state kne_wait_state kne_waiting kne_running kne_socket kne_close kne_fails alive
 	wait_gone wait_for quick);
 
 my $model = $ENV{KNE_TEST_MODEL} // abs_path("$FindBin::RealBin/../models/atlas") // '';
@@ -117,6 +117,15 @@ sub kne_socket
 	my ($name) = slurp_file("$FindBin::RealBin/../extension/kne_ext.h") =~ /#define KNE_SOCKET "([^"]+)"/;
 
 	return $node->data_dir . '/' . $name;
+}
+
+# The statement fails, and what is said of it, SQLSTATE and all, is as it should be.
+sub kne_fails
+{
+	my ($node, $sql, $like, $name) = @_;
+
+	$node->psql('postgres', "\\set VERBOSITY verbose\n$sql", stderr => \my $err);
+	return like($err, $like, $name);
 }
 
 # The same text, and numbers in it that are the same but for the order in which sums are rounded.
