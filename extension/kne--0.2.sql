@@ -75,7 +75,9 @@ CREATE TABLE kne.edit_request (
     origin           uuid NOT NULL,
     origin_database  oid NOT NULL
 ) WITH (fillfactor = 70);
-CREATE INDEX edit_request_pending ON kne.edit_request (model_id, edit_id) WHERE state IN ('pending', 'running');
+-- What to claim next, in order; and what of a fact is not finished, so that a claim does not read its history.
+CREATE INDEX edit_request_pending ON kne.edit_request (model_id, edit_id) WHERE state = 'pending';
+CREATE INDEX edit_request_unfinished ON kne.edit_request (model_id, subject, relation, edit_id) WHERE state IN ('pending', 'running');
 CREATE INDEX edit_request_unit ON kne.edit_request (unit) WHERE unit IS NOT NULL;
 CREATE UNIQUE INDEX edit_request_one_applied ON kne.edit_request (model_id, subject, relation) WHERE state = 'applied';
 CREATE INDEX edit_request_fact ON kne.edit_request (model_id, subject, relation, edit_id);
