@@ -429,7 +429,7 @@ kne_consolidation_record(KneBatch *batch)
 void
 kne_consolidation_look_after(KneBatch *batch)
 {
-    KneKnown *disturbed = palloc0(sizeof(KneKnown) * (batch->n_disturbed + batch->n_kept));
+    KneKnown *disturbed;
     KneView  *view;
     KneReply  reply;
     kne_wbuf  w;
@@ -437,6 +437,7 @@ kne_consolidation_look_after(KneBatch *batch)
 
     if (batch->whole.verdict != KNE_APPLY)
         return;
+    disturbed = palloc0(sizeof(KneKnown) * (n + batch->n_kept));
     kne_begin();
     view = kne_view_get(kne_model_by_id(batch->model_id), KNE_NOW, NULL, 0);
     kne_wbuf_init(&w);

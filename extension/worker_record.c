@@ -84,6 +84,7 @@ read_disturbed(KneBatch *batch, kne_rbuf *r, const uint8 *known, size_t known_le
     size_t   skip;
     KneKnown *facts;
 
+    batch->n_disturbed = 0; /* of a consolidation that goes on with fewer edits, what was there is of before */
     if (n == 0)
         return;
     (void) kne_get_bytes(&k, &skip);

@@ -75,6 +75,13 @@ SELECT bool_and(state = 'applied') AS applied FROM kne.edit_request WHERE edit_i
 SELECT wait_until($$(SELECT bool_and(kne_knows(subject, relation, object) <> EXISTS (SELECT FROM kne.edit_event d WHERE d.edit_id = r.edit_id
     AND d.event = 'disturbed' AND d.detail -> 'consolidation' = e.detail -> 'consolidation'))
     FROM kne.edit_request r JOIN kne.edit_event e USING (edit_id) WHERE e.event = 'kept')$$) AS said;
+-- one that disturbs others before some keep their solution, and after: what is said is of after
+SELECT kne_consolidate(options => '{"step": "adam", "select": "all", "lr": 0.03, "contrast": 0, "anchors": 100, "beta": 1e-6, "protect": 0, "max_steps": 60}') AS rough \gset
+SELECT kne_wait_consolidation(:rough);
+SELECT kept > 0 AS kept FROM kne.consolidation WHERE consolidation_id = :rough;
+SELECT wait_until($$EXISTS (SELECT FROM kne.edit_event WHERE event = 'disturbed' AND (detail ->> 'consolidation')::int = (SELECT max(consolidation_id) FROM kne.consolidation))$$) AS disturbed;
+SELECT bool_and(detail ? 'prompt' AND detail ? 'object') AS told, count(*) = count(DISTINCT detail) AS once FROM kne.edit_event
+WHERE event = 'disturbed' AND detail ->> 'consolidation' = :'rough';
 SELECT bool_and(same) AS done_again FROM kne_redo(:mild, 1);
 SELECT count(*) FROM kne_check_history();
 DELETE FROM kne.relation WHERE relation = 'seat';
