@@ -13,11 +13,13 @@
 
 #include <dirent.h>
 #include <math.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 
 #ifndef __has_feature
@@ -254,6 +256,12 @@ test_confined(pid_t pid)
           "%d of %d threads are confined, without core files", confined, threads);
 }
 
+static void *
+return_it(void *arg)
+{
+    return arg;
+}
+
 /* What kne_confine refuses, tried in a child; one exit code for each that was not refused. */
 static void
 test_confine(void)
@@ -266,8 +274,9 @@ test_confine(void)
     if (pid == 0)
     {
         static char *const none[] = {NULL};
-        int   pair[2];
-        void *page;
+        int       pair[2];
+        void     *page;
+        pthread_t thread;
 
         if (kne_confine())
             _exit(1);
@@ -283,7 +292,19 @@ test_confine(void)
             _exit(6);
         if (process_vm_readv(getppid(), NULL, 0, NULL, 0, 0) == 0 || errno != EPERM)
             _exit(7);
+        if (syscall(SYS_clone, 0x10000000 | SIGCHLD, 0, 0, 0, 0) >= 0 || errno != EPERM) /* CLONE_NEWUSER; a child ends so too */
+            _exit(9);
+        if (syscall(435, NULL, 0) >= 0 || errno != ENOSYS) /* clone3 */
+            _exit(10);
+        if (syscall(425, 1, NULL) >= 0 || errno != EPERM) /* io_uring_setup */
+            _exit(11);
+        if (syscall(438, -1, 0, 0) >= 0 || errno != EPERM) /* pidfd_getfd */
+            _exit(12);
+        if (syscall(430, NULL, 0) >= 0 || errno != EPERM) /* fsopen */
+            _exit(13);
         /* and what an engine does */
+        if (pthread_create(&thread, NULL, return_it, pair) != 0 || pthread_join(thread, &page) != 0 || page != pair)
+            _exit(14);
         page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (page == MAP_FAILED || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || open("/proc/self/maps", O_RDONLY) < 0)
             _exit(8);
