@@ -53,7 +53,7 @@ probes_of(int64 edit_id, KneModel **model, Probe **out)
         "WITH e AS (SELECT r.edit_id, r.subject, r.object, r.model_id,"
         "   coalesce(replace(t.prompt, '{}', r.subject), r.subject || ' ' || r.relation) AS prompt, t.paraphrases,"
         "   coalesce((SELECT (s.provenance #>> '{options,phrasings}')::int FROM kne.solution s WHERE s.edit_id = r.edit_id"
-        "    ORDER BY s.generation DESC LIMIT 1), (r.options ->> 'phrasings')::int, $2) AS trained"
+        "    ORDER BY s.generation DESC LIMIT 1), (r.options ->> 'phrasings')::numeric::int, $2) AS trained"
         "   FROM kne.edit_request r LEFT JOIN kne.relation t ON t.relation = r.relation WHERE r.edit_id = $1),"
         " p AS (SELECT CASE kind WHEN 'paraphrase' THEN 1 WHEN 'portability' THEN 2 WHEN 'locality' THEN 3 ELSE 0 END AS kind,"
         "   prompt, answer, versus, probe_id FROM kne.probe WHERE edit_id = $1)"

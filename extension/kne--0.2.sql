@@ -638,7 +638,7 @@ CREATE FUNCTION kne_change_svg(edit_id bigint, k integer DEFAULT 6)
                                                    r.subject || ' ' || r.relation) AS prompt
             FROM kne.edit_request r JOIN kne.model m USING (model_id)
             JOIN LATERAL (SELECT min(v.valid_from) AS at FROM kne.activation v WHERE v.edit_id = r.edit_id) a ON isfinite(a.at)
-            WHERE r.edit_id = kne_change_svg.edit_id),
+            WHERE r.edit_id = kne_change_svg.edit_id AND kne_change_svg.k IS NOT NULL),
         side AS (
             SELECT s.side, s.title, t.rank, t.probability AS p,
                    replace(replace(replace(regexp_replace(t.token, '[[:cntrl:]]', ' ', 'g'), '&', '&amp;'), '<', '&lt;'), '>', '&gt;') AS token
@@ -647,7 +647,7 @@ CREATE FUNCTION kne_change_svg(edit_id bigint, k integer DEFAULT 6)
         part (n, svg) AS (
             SELECT 1, format('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 %1$s" width="640" height="%1$s" font-family="sans-serif"'
                        || ' font-size="12"><rect width="100%%" height="100%%" fill="#fff"/><text x="12" y="22" font-size="14">%2$s ...</text>',
-                       72 + 22 * (SELECT max(rank) FROM side), replace(replace(replace(prompt, '&', '&amp;'), '<', '&lt;'), '>', '&gt;'))
+                       72 + 22 * (SELECT max(rank) FROM side), replace(replace(replace(regexp_replace(prompt, '[[:cntrl:]]', ' ', 'g'), '&', '&amp;'), '<', '&lt;'), '>', '&gt;'))
             FROM about
             UNION ALL
             SELECT 2, format('<text x="%s" y="46" fill="#555">%s edit %s</text>', 12 + 314 * side, title, kne_change_svg.edit_id)
@@ -731,7 +731,8 @@ CREATE VIEW kne.stat_health AS
 
 CREATE VIEW kne.stat_size AS
     SELECT r.edit_id, m.name AS model, r.state, s.generation, s.n_neurons AS neurons, s.n_rows AS delta_rows,
-           CASE WHEN s.solved_at < (SELECT max(b.at) FROM kne.rebase b WHERE b.model_id = s.model_id) THEN 0
+           CASE WHEN s.solved_at < (SELECT max(b.at) FROM kne.rebase b WHERE b.model_id = s.model_id)
+                AND NOT EXISTS (SELECT FROM kne.weight_delta d WHERE d.edit_id = s.edit_id AND d.generation = s.generation) THEN 0
                 ELSE s.n_rows * (m.d_model * 4::bigint + 24) END AS delta_bytes, -- values, and the array's head
            a.edit_id IS NOT NULL AS in_force
     FROM kne.solution s

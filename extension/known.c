@@ -351,5 +351,5 @@ kne_batch_most(const char *options_json, const KneModel *m)
     if (o.max_damage > 0)
         return 1;
     bytes = kne_options_bytes(&o, m->n_layers, m->d_model, m->d_ff, m->gated);
-    return (int) Max(1, kne_batch_bytes * INT64CONST(1024) / bytes);
+    return (int) Min(PG_INT32_MAX, Max(1, kne_batch_bytes * INT64CONST(1024) / bytes));
 }

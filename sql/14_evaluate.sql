@@ -65,3 +65,8 @@ SELECT error FROM kne.edit_request WHERE edit_id = :blind;
 SELECT kne_revert(:e);
 DROP TABLE figures;
 DROP FUNCTION figure;
+-- a whole number with a fraction of nothing is a whole number
+BEGIN;
+SELECT kne_edit('Peru', 'capital', 'Rome', options => '{"phrasings": 1.0}') AS e \gset
+SELECT value, probes FROM kne_evaluate(:e) WHERE metric = 'edit_success_exact';
+ROLLBACK;

@@ -21,5 +21,11 @@ SELECT xml_is_well_formed(kne_change_svg(:e)) AS well_formed,
        (SELECT count(*) FROM regexp_matches(kne_change_svg(:e, 4), 'height="14" fill="#0072b2"', 'g')) AS after,
        kne_change_svg(:e) LIKE '%The capital of Chile &amp; &lt;co&gt; is ...%' AS escaped, kne_change_svg(-1) IS NULL AS no_such_edit;
 SELECT m[1]::float > 0.9 AS likely FROM regexp_match(kne_change_svg(:e), 'x="426" y="70" text-anchor="end" xml:space="preserve"> B[^<]*</text>[^\n]*fill="#555">([0-9.]+)') m;
+SELECT kne_change_svg(:e, NULL) IS NULL AS without_k;
 SELECT kne_revert(:e);
 DROP TABLE mark;
+-- a character that no XML may have
+SELECT kne_edit(E'Chi\x01le', 'capital', 'Lima') AS e \gset
+SELECT kne_wait(:e);
+SELECT xml_is_well_formed(kne_change_svg(:e)) AS well_formed, kne_change_svg(:e) LIKE '%The capital of Chi le is ...%' AS blank;
+SELECT kne_revert(:e);

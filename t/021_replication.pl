@@ -74,6 +74,11 @@ sub all_rows
 }
 all_rows();
 
+# what the second has made by itself is its own, also when the first is rebased
+my $early = kne_edit($two, 'Spain', 'Rome');
+is($two->safe_psql('postgres', "SELECT kne_wait($early)"), 'applied', 'an edit of its own before');
+$two->safe_psql('postgres', "SELECT kne_revert($early)");
+
 # the first is rebased: the second answers nothing until it has the new base
 my $old = $one->safe_psql('postgres', 'SELECT path FROM kne.model');
 my $folder = $one->basedir . '/rebased';
@@ -99,6 +104,8 @@ is($two->safe_psql('postgres', "SELECT kne_wait($waits)"), 'applied', 'with the 
 $two->safe_psql('postgres', "SELECT kne_revert($waits)");
 same($answers, 'the same answers');
 fails($two, "SELECT kne_complete('x', as_of => '$then')", qr/22008: .*rebased after that/s, 'and no state of before');
+is($two->safe_psql('postgres', "SELECT bool_or(delta_bytes > 0) FILTER (WHERE edit_id <= $second), bool_and(delta_bytes > 0) FILTER (WHERE edit_id = $early) FROM kne.stat_size WHERE delta_rows > 0"),
+	'f|t', 'the deltas of the first are gone, its own are not');
 my $third = kne_edit($one, 'France', 'Madrid');
 is($one->safe_psql('postgres', "SELECT kne_wait($third)"), 'applied', 'an edit after');
 $one->wait_for_catchup('kne');
