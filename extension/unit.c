@@ -81,6 +81,10 @@ edit_unit_body(PG_FUNCTION_ARGS)
                      " SELECT id, $4, s, r, o, $5, (SELECT id FROM asked WHERE n = 1) FROM asked ORDER BY n RETURNING unit",
         5,
         {TEXTOID, TEXTOID, TEXTOID, INT4OID, JSONBOID}};
+    /* A request waits for older ones of its fact, and a unit for all of its own. */
+    static KnePlan twice = {CONSEQUENCES " SELECT s, r FROM consequence GROUP BY s, r HAVING count(*) > 1 ORDER BY min(n) LIMIT 1",
+                            3,
+                            {TEXTOID, TEXTOID, TEXTOID}};
     kne_options options;
     KneModel *model;
     Datum values[5];
@@ -94,6 +98,11 @@ edit_unit_body(PG_FUNCTION_ARGS)
     values[3] = Int32GetDatum(model->model_id);
     values[4] = PG_ARGISNULL(4) ? (Datum) 0 : PG_GETARG_DATUM(4);
     kne_spi_connect();
+    if (kne_spi(&twice, KNE_WRITE, values, NULL) > 0)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+                        errmsg("a unit cannot hold two edits of one fact (%s, %s)", kne_spi_text(0, 1, CurrentMemoryContext),
+                               kne_spi_text(0, 2, CurrentMemoryContext)),
+                        errhint("kne_consequences shows what would be edited.")));
     kne_spi(&insert, KNE_WRITE, values, PG_ARGISNULL(4) ? "    n" : NULL);
     unit = kne_spi_int8(0, 1);
     kne_spi_finish();

@@ -51,6 +51,12 @@ SELECT kne_revert(:older);
 SELECT kne_revert_unit(-1);
 SELECT kne_edit_unit('Chile', 'capital', '');
 SELECT kne_edit_unit(NULL, 'capital', 'Rome');
+-- two of one fact would wait for each other
+INSERT INTO kne.relation (relation, prompt, inverse) VALUES ('neighbour', '{} borders', 'neighbour');
+SELECT kne_edit_unit('Peru', 'neighbour', 'Peru');
+INSERT INTO kne.alias VALUES ('Bolivia', 'Plurinational State of Bolivia');
+SELECT kne_edit_unit('Bolivia', 'neighbour', 'Plurinational State of Bolivia');
+DELETE FROM kne.relation WHERE relation = 'neighbour';
 INSERT INTO kne.alias VALUES ('x', 'x');
 \set VERBOSITY default
 DELETE FROM kne.alias;
