@@ -7,8 +7,8 @@
  *
  * Locks. What changes the state of an edit locks the rows of its fact (model, subject, relation) FOR NO KEY
  * UPDATE in ascending edit_id: two sessions cannot decide about one fact at the same time, and foreign keys
- * (events, facts) do not wait for it. The worker takes the same locks with SKIP LOCKED, so it never waits for
- * a user.
+ * (events, facts) do not wait for it. The worker locks its edit and the
+ * one in force, and never waits for a user (worker_record.c).
  */
 #include "kne_sql.h"
 

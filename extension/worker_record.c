@@ -1,9 +1,9 @@
 /*
  * worker_record.c - writing down what became of a batch.
  *
- * Each edit is written in a transaction of its own, so that a batch is never lost to one row. Nothing
- * here waits for a user: rows are locked NOWAIT in the order that revert uses (all rows of the fact, by edit_id), the model's
- * lock is tried, and lock_timeout bounds the rest. What is locked stays in memory as an open verdict and is tried again.
+ * Each edit is written in a transaction of its own, so that a batch is never lost to one row. Nothing here waits for a user:
+ * rows are locked NOWAIT, the model's lock is tried, and lock_timeout bounds the rest. What is locked stays in memory as an
+ * open verdict and is tried again.
  *
  * Invariant: a verdict is written only over a row that is still `running`. A row that a user cancelled, or that went with its
  * model, has been decided; the result is dropped.
@@ -348,38 +348,29 @@ kne_put_solution(const KneBatch *batch, const KneJob *job)
 
 /* ---------------------------------------------------------------- one edit */
 
-/* Lock the rows of the edit's fact. False: it is not running any more. ERROR 55P03 when somebody holds one. */
+/*
+ * Lock the edit, and the edit of its fact that is in force. False: it is not running any more. ERROR 55P03 when somebody holds one of them.
+ * That is enough against whoever changes what is in force of the fact (request.c), for he locks all its rows. Not this one if it was committed
+ * after he looked: then he holds the row that is in force, or has just committed, and what is in force is looked at again for that.
+ */
 static bool
 lock_fact(int64 edit_id, int64 *applied)
 {
-    static const char lock[] =
-        "SELECT r.edit_id FROM kne.edit_request r"
-        " WHERE (r.model_id, r.subject, r.relation) ="
-        " (SELECT b.model_id, b.subject, b.relation FROM kne.edit_request b WHERE b.edit_id = $1)"
-        " ORDER BY r.edit_id FOR NO KEY UPDATE NOWAIT";
-    static const char look[] =
-        "SELECT r.edit_id, r.state FROM kne.edit_request r"
-        " WHERE (r.model_id, r.subject, r.relation) ="
-        " (SELECT b.model_id, b.subject, b.relation FROM kne.edit_request b WHERE b.edit_id = $1)"
-        " AND (r.edit_id = $1 OR r.state = 'applied')";
+#define IN_FORCE \
+    "SELECT r.edit_id FROM kne.edit_request r WHERE (r.model_id, r.subject, r.relation) =" \
+    " (SELECT b.model_id, b.subject, b.relation FROM kne.edit_request b WHERE b.edit_id = $1) AND r.state = 'applied'"
+    static const char lock[] = "SELECT state FROM kne.edit_request WHERE edit_id = $1 FOR NO KEY UPDATE NOWAIT";
+    static const char lock_in_force[] = IN_FORCE " FOR NO KEY UPDATE OF r NOWAIT";
+    static const char look[] = IN_FORCE;
     static const Oid type = INT8OID;
-    Datum  id = Int64GetDatum(edit_id);
-    uint64 n, i;
-    bool   running = false;
+    Datum id = Int64GetDatum(edit_id);
 
-    kne_sql(lock, 1, &type, &id, NULL);
-    n = kne_sql(look, 1, &type, &id, NULL); /* as they are now that nobody else changes them */
-    *applied = 0;
-    for (i = 0; i < n; i++)
-    {
-        char *state = kne_sql_text(i, 2);
-
-        if (kne_sql_int8(i, 1) == edit_id)
-            running = strcmp(state, "running") == 0;
-        else
-            *applied = kne_sql_int8(i, 1);
-    }
-    return running;
+    if (kne_sql(lock, 1, &type, &id, NULL) == 0 || strcmp(kne_sql_text(0, 1), "running") != 0)
+        return false;
+    *applied = kne_sql(lock_in_force, 1, &type, &id, NULL) > 0 ? kne_sql_int8(0, 1) : 0;
+    if ((kne_sql(look, 1, &type, &id, NULL) > 0 ? kne_sql_int8(0, 1) : 0) != *applied)
+        ereport(ERROR, (errcode(ERRCODE_LOCK_NOT_AVAILABLE), errmsg("the edit in force has just changed")));
+    return true;
 }
 
 static void

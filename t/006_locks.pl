@@ -59,6 +59,27 @@ $session->query_safe('COMMIT');
 ok(kne_wait_state($node, $id, 'applied'), 'and is applied then');
 is(kne_state($node, $old), 'reverted:0:0', 'the older one is reverted, not superseded');
 
+# one that began before the newer one was asked for, and has not seen it
+$old = $id;
+$session->query_safe('BEGIN');
+$session->query_safe("SELECT kne_revert($old)");
+$id = kne_edit($node, 'France', 'Lyon');
+ok(kne_wait_state($node, $id, 'running'), 'the newer one runs');
+sleep 2;
+is(kne_state($node, $id), 'running:0:0', 'and waits for the revert to end');
+$session->query_safe('COMMIT');
+ok(kne_wait_state($node, $id, 'applied'), 'then it is applied');
+is(kne_state($node, $old), 'reverted:0:0', 'the older one is reverted');
+
+# of the fact's earlier requests none but the one in force is of interest
+$session->query_safe('BEGIN');
+$session->query_safe("SELECT 1 FROM kne.edit_request WHERE edit_id = $old FOR UPDATE");
+$old = $id;
+$id = kne_edit($node, 'France', 'Nice');
+ok(kne_wait_state($node, $id, 'applied'), 'a lock of a finished one stops nobody');
+is(kne_state($node, $old), 'superseded:0:0', 'and the one in force is superseded');
+$session->query_safe('ROLLBACK');
+
 # two-phase commit
 $node->safe_psql('postgres', "BEGIN; SELECT kne_edit('Italy', 'capital', 'Turin', options => '$quick'); PREPARE TRANSACTION 'x'");
 sleep 2;
