@@ -211,7 +211,7 @@ fluency(const device *dev, const kne_view *view, kne_text prompt, uint64_t seed)
     ids.id = realloc(ids.id, ((size_t) max + 1) * sizeof *ids.id);
     ids.n = n_prompt;
     if (!ids.id ||
-        kne_work_new_cached(dev->model, (kne_work_shape) {n_prompt, 1, view->max_overlay, false}, max, &w, &err) != KNE_OK)
+        kne_work_new_cached(dev->model, (kne_work_shape) {n_prompt, 1, view->max_overlay, false}, max, 0, &w, &err) != KNE_OK)
         die("fluency", &err);
     for (int32_t i = 0; i < max; i++)
         pos[i] = i;

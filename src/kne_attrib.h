@@ -31,6 +31,15 @@ kne_status kne_score_each(const kne_model *m, kne_backend *be, const kne_view *v
                           int (*yield)(void *), void *yield_ctx, kne_err *err);
 
 /*
+ * The same of n facts, and what the model says itself after their prompts: answer[i] is what kne_generate gives for up to max_tokens, or
+ * fewer where enough (NULL: never) is true of what there is. answer: overwritten, the caller's to free, after a failure too, so
+ * zero before.
+ */
+kne_status kne_answers(const kne_model *m, kne_backend *be, const kne_view *view, const kne_tokens *fact, int32_t n, int32_t max_tokens,
+                       double *logp, uint8_t *right, kne_ids *answer, bool (*enough)(void *ctx, const kne_ids *ids), void *ctx,
+                       int (*yield)(void *), void *yield_ctx, kne_err *err);
+
+/*
  * Attr(l,k) of every object token: score[i] points at (L, f) floats of the device, one for each object token of each fact
  * in order, added to (so zero them first; the same pointer may be given several times to sum tokens).
  *   sum over the points of weight * <v, d score / d v at alpha v>,  v = value vector of neuron k of layer l.

@@ -117,27 +117,36 @@ tokenise(batch *b, kne_err *err)
 
 /* ---- before ---- */
 
-/* The model's own answer to the prompt: greedy, to the first full stop or line end. *ids is left with its tokens. */
+/* What the model said, to the first full stop or line end. *ended: there is one, so that no further token changes it. */
 static kne_status
-answer(batch *b, edit *e, kne_ids *ids, kne_err *err)
+answer_text(const kne_tokenizer *tokenizer, const kne_ids *ids, char **out, bool *ended, kne_err *err)
 {
-    const kne_edit_job *job = b->job;
-    const kne_tokens   *t = &e->prompt[0];
-    char               *text = NULL;
-    size_t              len = 0;
+    char  *text, *from;
+    size_t len;
 
-    ids->n = 0;
-    KNE_TRY(kne_generate(job->model, job->backend, &job->view->overlay, t->id, t->n_prompt, ANSWER_TOKENS,
-                         job->calls.yield, job->calls.ctx, ids, err));
-    KNE_TRY(kne_tokenizer_decode(job->model->tokenizer, ids->id, ids->n, true, &text, &len, err));
-    char *from = text + strspn(text, " \t\r\n");
-    from[strcspn(from, ".\r\n")] = '\0';
-    memmove(text, from, strlen(from) + 1);
-    e->out->answer_before = text;
+    KNE_TRY(kne_tokenizer_decode(tokenizer, ids->id, ids->n, true, &text, &len, err));
+    from = text + strspn(text, " \t\r\n");
+    len = strcspn(from, ".\r\n");
+    *ended = from[len] != '\0';
+    memmove(text, from, len);
+    text[len] = '\0';
+    *out = text;
     return KNE_OK;
 }
 
-/* What holds already, and the probability of each object now. */
+/* What cannot be decoded ends nothing: it fails with the whole. */
+static bool
+answered(void *ctx, const kne_ids *ids)
+{
+    bool  ended = false;
+    char *text = NULL;
+
+    if (answer_text(ctx, ids, &text, &ended, NULL) == KNE_OK)
+        free(text);
+    return ended;
+}
+
+/* What holds already, the probability of each object now, and the model's own answers. */
 static kne_status
 look_before(batch *b, kne_err *err)
 {
@@ -147,8 +156,9 @@ look_before(batch *b, kne_err *err)
     int32_t            *who = malloc(((size_t) n + (size_t) b->n_known) * sizeof *who + 1);
     double             *logp = malloc(((size_t) n + (size_t) b->n_known) * sizeof *logp + 1);
     uint8_t            *right = malloc((size_t) n + (size_t) b->n_known + 1);
+    kne_ids            *answer = calloc((size_t) n + 1, sizeof *answer);
     int32_t             n_facts = 0, n_mine;
-    kne_status st = fact && who && logp && right ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
+    kne_status st = fact && who && logp && right && answer ? KNE_OK : kne_error(err, KNE_ERR_NOMEM, "out of memory");
 
     for (int32_t i = 0; i < n && st == KNE_OK; i++)
         if (b->edit[i].state == EDIT_ACTIVE)
@@ -164,10 +174,15 @@ look_before(batch *b, kne_err *err)
             fact[n_facts++] = b->known[i];
         }
     if (st == KNE_OK)
-        st = kne_score_tokens(job->model, job->backend, job->view, fact, n_facts, logp, right, NULL,
-                              job->calls.yield, job->calls.ctx, err);
+        st = kne_answers(job->model, job->backend, job->view, fact, n_mine, ANSWER_TOKENS, logp, right, answer, answered,
+                         job->model->tokenizer, job->calls.yield, job->calls.ctx, err);
+    if (st == KNE_OK)
+        st = kne_score_tokens(job->model, job->backend, job->view, fact + n_mine, n_facts - n_mine, logp + n_mine, right + n_mine,
+                              NULL, job->calls.yield, job->calls.ctx, err);
     for (int32_t i = 0; i < n_facts && st == KNE_OK; i++)
     {
+        bool ended;
+
         if (i >= n_mine)
         {
             b->held[who[i]] = right[i];
@@ -179,7 +194,11 @@ look_before(batch *b, kne_err *err)
         e->out->n_tokens = e->prompt[0].n - e->prompt[0].n_prompt;
         if (right[i] && !b->locate_only && !e->spec->solve)
             kne_edit_end(e, KNE_OUTCOME_HOLDS, "the model answers this already");
+        st = answer_text(job->model->tokenizer, &answer[i], &e->out->answer_before, &ended, err);
     }
+    for (int32_t i = 0; answer && i < n; i++)
+        kne_ids_free(&answer[i]);
+    free(answer);
     free(fact);
     free(who);
     free(logp);
@@ -685,27 +704,12 @@ kne_batch_plan(batch *b, kne_err *err)
 {
     const kne_edit_job   *job = b->job;
     struct kne_ref_cache *cache = job->cache;
-    kne_ids               ids = {0};
     bool                  any = false;
-    kne_status            st;
 
     KNE_TRY(tokenise(b, err));
     KNE_TRY(look_before(b, err));
     for (int32_t i = 0; i < job->n_edits; i++)
-    {
-        if (b->edit[i].state != EDIT_ENDED)
-            any = true;
-        if (b->edit[i].state != EDIT_ENDED || b->edit[i].out->outcome == KNE_OUTCOME_HOLDS)
-        {
-            st = answer(b, &b->edit[i], &ids, err);
-            if (st != KNE_OK)
-            {
-                kne_ids_free(&ids);
-                return st;
-            }
-        }
-    }
-    kne_ids_free(&ids);
+        any |= b->edit[i].state != EDIT_ENDED;
     if (!any)
         return KNE_OK;
     if (!cache)

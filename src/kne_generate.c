@@ -128,7 +128,7 @@ kne_generate_sampled(const kne_model *m, kne_backend *be, const kne_overlay *ov,
     kne_work_shape shape = {.max_n = n_prompt, .max_out = 1, .max_overlay = max_edits(m, ov)};
     int32_t        next = -1;
 
-    st = kne_work_new_cached(m, shape, n_prompt + steps - 1, &w, err);
+    st = kne_work_new_cached(m, shape, n_prompt + steps - 1, 0, &w, err);
 
     for (int32_t i = 0, past = 0; st == KNE_OK && i < steps; i++)
     {

@@ -13,7 +13,7 @@ kne_graph_check(const kne_pass *p, kne_err *err)
     const kne_batch *b = p->b;
     const kne_work  *w = p->w;
     int32_t          n = b->n_place ? b->n_place : b->n;
-    int32_t          max_kv = b->n_place ? w->max_place : p->s->max_kv ? p->s->max_kv : w->max_n;
+    int32_t          max_kv = b->n_place ? w->max_place : b->n_key ? b->n_key : p->s->max_kv ? p->s->max_kv : w->max_n;
 
     if (b->n < 1 || b->n > w->max_n || b->n_out < 0 || b->n_out > w->max_out || b->n_seq < 0 ||
         b->n_seq > w->max_n)
@@ -22,6 +22,9 @@ kne_graph_check(const kne_pass *p, kne_err *err)
                          b->n, b->n_seq, b->n_out, w->max_n, w->max_out);
     if (b->n_place > w->max_place || (b->n_place && (!p->be->fold_rows || p->past)))
         return kne_error(err, KNE_ERR_INTERNAL, "a batch that shares rows, in a workspace for %d places", w->max_place);
+    if (b->n_key > p->s->max_key || (b->n_key && (b->n_place || p->past + b->n > p->s->max_kv)))
+        return kne_error(err, KNE_ERR_INTERNAL, "a batch that picks %d keys behind %d rows, in a workspace for %d and %d", b->n_key,
+                         p->past, p->s->max_key, p->s->max_kv);
     for (int32_t i = 0; i < b->n_seq; i++)
     {
         const kne_seq *q = &b->seq[i];
@@ -114,13 +117,21 @@ attention(const kne_pass *p, const kne_layer *t, const kne_saved *s)
     }
     rope(p, s->q, a->n_heads);
     rope(p, k, a->n_kv_heads);
+    float *const *wide = p->s->wide;
+
+    if (p->b->n_key)
+    {
+        p->be->gather_rows(p->be->ctx, wide[WIDE_K], s->k, p->s->key, p->b->n_key, nkv);
+        p->be->gather_rows(p->be->ctx, wide[WIDE_V], s->v, p->s->key, p->b->n_key, nkv);
+        p->be->attention(p->be->ctx, s->attn, NULL, s->q, wide[WIDE_K], wide[WIDE_V], &shape);
+        return;
+    }
     if (!p->b->n_place)
     {
         p->be->attention(p->be->ctx, s->attn, p->w->keep ? s->lse : NULL, s->q, s->k, s->v, &shape);
         return;
     }
-    float *const *wide = p->s->wide;
-    int64_t       nq = (int64_t) a->n_heads * a->head_dim;
+    int64_t nq = (int64_t) a->n_heads * a->head_dim;
 
     kne_graph_widen(p, wide[WIDE_Q], s->q, nq);
     kne_graph_widen(p, wide[WIDE_K], s->k, nkv);
@@ -248,6 +259,7 @@ put_batch(kne_backend *be, const kne_work_impl *s, const kne_batch *b)
     kne_device_put(be, s->pos, b->pos, (size_t) b->n * sizeof *b->pos);
     kne_device_put(be, s->seq, b->seq, (size_t) b->n_seq * sizeof *b->seq);
     kne_device_put(be, s->out_row, b->out_row, (size_t) b->n_out * sizeof *b->out_row);
+    kne_device_put(be, s->key, b->key, (size_t) b->n_key * sizeof *b->key);
     if (!b->n_place)
         return;
     kne_device_put(be, s->row, b->row, (size_t) b->n_place * sizeof *b->row);

@@ -29,6 +29,8 @@ typedef struct kne_batch
     const int32_t *from;    /* (n + 1) where the places of each row begin in: */
     const int32_t *place;   /* (n_place) ascending within a row */
     const int32_t *first;   /* (n) the first of them */
+    int32_t        n_key;   /* behind a cache: its rows that are keys, sequence by sequence; 0: as they lie there */
+    const int32_t *key;     /* (n_key) */
     bool           there;   /* kne_batch_put has been called since anything changed */
 } kne_batch;
 

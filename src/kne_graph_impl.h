@@ -14,11 +14,13 @@
 typedef struct kne_work_impl
 {
     int32_t max_kv;          /* rows of each layer's K and V */
+    int32_t max_key;         /* keys that a batch may pick from a cache */
     kne_backend *device;     /* that the workspace lives on; NULL: the host */
     int32_t *id, *pos, *out_row; /* (n), (n), (max_out) the batch, on the device */
     kne_seq *seq;            /* (n) */
     int32_t *row, *from, *place, *first; /* (max_place), (n + 1), (max_place), (n) */
-    float   *wide[8];        /* (max_place, K or Kv) enum wide: attention of sequences that share rows */
+    int32_t *key;            /* (max_key) */
+    float   *wide[8];        /* (max_place, K or Kv) enum wide: attention of sequences that share rows; K and V (max_key, Kv) behind a cache */
     float   *wide_lse;       /* (max_place, H) */
     /* forward */
     float   *y;              /* (n, d) a branch on its way into the residual stream */
@@ -56,8 +58,8 @@ typedef struct kne_pass
     int32_t              past; /* rows already in the K/V cache; 0 without one */
 } kne_pass;
 
-/* A workspace whose layers each have K and V of max_kv rows (0: no cache, kne_work_new). */
-kne_status kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv,
+/* A workspace whose layers each have K and V of max_kv rows (0: no cache, kne_work_new); max_key: for batches that pick their keys. */
+kne_status kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_key,
                                kne_work **out, kne_err *err);
 /* kne_forward of rows that follow `past` rows in the cache. */
 kne_status kne_forward_cached(const kne_model *m, kne_backend *be, kne_work *w, const kne_batch *b,

@@ -141,6 +141,12 @@ layout(kne_work *w, kne_work_impl *s, const kne_model *m)
             s->wide[i] = floats(arena, w->max_place, i == WIDE_K || i == WIDE_V || i == WIDE_DK || i == WIDE_DV ? kv : k);
         s->wide_lse = floats(arena, w->max_place, a->n_heads);
     }
+    if (s->max_key)
+    {
+        s->key = ints(arena, s->max_key);
+        s->wide[WIDE_K] = floats(arena, s->max_key, (int64_t) a->n_kv_heads * a->head_dim);
+        s->wide[WIDE_V] = floats(arena, s->max_key, (int64_t) a->n_kv_heads * a->head_dim);
+    }
     s->y = floats(arena, n, d);
     if (a->qkv == KNE_QKV_PER_HEAD)
     {
@@ -182,13 +188,13 @@ fill(const kne_work *w, const kne_work_impl *s, const kne_arch *a, kne_err *err)
 }
 
 static kne_status
-work_new(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_place, kne_work **out, kne_err *err)
+work_new(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_key, int32_t max_place, kne_work **out, kne_err *err)
 {
     struct { kne_work w; kne_work_impl s; kne_saved layer[]; } *both;
     kne_status st;
 
     *out = NULL;
-    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || max_place < 0 || max_kv < 0 ||
+    if (shape.max_n < 1 || shape.max_out < 0 || shape.max_overlay < 0 || max_place < 0 || max_kv < 0 || max_key < 0 ||
         (shape.keep && max_kv > 0))
         return kne_error(err, KNE_ERR_INTERNAL, "impossible workspace: %d rows, %d out, %d edited",
                          shape.max_n, shape.max_out, shape.max_overlay);
@@ -200,6 +206,7 @@ work_new(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_p
         .max_place = max_place, .keep = shape.keep, .impl = &both->s, .layer = both->layer,
     };
     both->s.max_kv = max_kv;
+    both->s.max_key = max_key;
     both->s.device = m->device;
     layout(&both->w, &both->s, m);
     st = kne_device_commit(&both->w.arena, m->device, err);
@@ -233,19 +240,19 @@ kne_pass_rows(const kne_model *m, int32_t most)
 kne_status
 kne_work_new(const kne_model *m, kne_work_shape shape, kne_work **out, kne_err *err)
 {
-    return work_new(m, shape, 0, 0, out, err);
+    return work_new(m, shape, 0, 0, 0, out, err);
 }
 
 kne_status
-kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, kne_work **out, kne_err *err)
+kne_work_new_cached(const kne_model *m, kne_work_shape shape, int32_t max_kv, int32_t max_key, kne_work **out, kne_err *err)
 {
-    return work_new(m, shape, max_kv, 0, out, err);
+    return work_new(m, shape, max_kv, max_key, 0, out, err);
 }
 
 kne_status
 kne_work_new_shared(const kne_model *m, kne_work_shape shape, int32_t max_place, kne_work **out, kne_err *err)
 {
-    return work_new(m, shape, 0, max_place, out, err);
+    return work_new(m, shape, 0, 0, max_place, out, err);
 }
 
 void

@@ -259,6 +259,95 @@ test_batch(const tiny_spec *spec)
     world_free(w);
 }
 
+/* ---- answers ---- */
+
+static bool
+two_tokens(void *ctx, const kne_ids *ids)
+{
+    return ids->n >= 2;
+}
+
+static int
+stop_after(void *ctx)
+{
+    return --*(int *) ctx < 0;
+}
+
+/* Scores and answers of many facts at once are those of each alone. Some objects are what the model says, wholly or to begin with. */
+static void
+test_answers(const tiny_spec *spec)
+{
+    enum { N = 90, MOST = 7, LONG = 24 };
+    static int32_t   id[N][LONG];
+    world           *w = world_new(spec, 61);
+    kne_arch        *a = &w->t->m.arch;
+    kne_edit_job     job = job_of(w, 2);
+    kne_edit_result *r = run(&job);
+    kne_view        *view = r ? view_after_result(w, NULL, r, -1) : NULL;
+    kne_tokens       fact[N];
+    kne_ids          answer[N] = {{0}}, alone = {0};
+    double           logp[N], one;
+    uint8_t          right[N], is_right;
+    uint64_t         seed = 5;
+    kne_err          err;
+    bool             same = view != NULL;
+    int32_t          said = 0, full = 0, ended = 0;
+
+    for (int i = 0; i < N && same; i++)
+    {
+        const int32_t p = i == 0 ? a->n_ctx - 3 : 2 + i % 7, s = i == 0 ? 3 : 1 + i % 5;
+
+        for (int k = 0; k < p + s && k < LONG; k++)
+            id[i][k] = (int32_t) (kne_random_next(&seed) % 33);
+        fact[i] = (kne_tokens) {id[i], p + s, p};
+        alone.n = 0;
+        same &= ok(kne_generate(&w->t->m, be, &view->overlay, id[i], p, i % 3, NULL, NULL, &alone, &err), &err);
+        for (int k = 0; k < alone.n && k < s; k++)
+            id[i][p + k] = alone.id[k];
+        if (i == 3)
+            a->eos_id = alone.id[1];
+    }
+    same &= a->n_ctx <= LONG && ok(kne_answers(&w->t->m, be, view, fact, N, MOST, logp, right, answer, NULL, NULL, NULL, NULL, &err), &err);
+    for (int i = 0; i < N && same; i++)
+    {
+        alone.n = 0;
+        same &= ok(kne_generate(&w->t->m, be, &view->overlay, id[i], fact[i].n_prompt, MOST, NULL, NULL, &alone, &err), &err) &&
+                alone.n == answer[i].n && !memcmp(alone.id, answer[i].id, (size_t) alone.n * sizeof *alone.id) &&
+                ok(kne_score_tokens(&w->t->m, be, view, &fact[i], 1, &one, &is_right, NULL, NULL, NULL, &err), &err) &&
+                one == logp[i] && is_right == right[i];
+        said += right[i];
+        full += alone.n == MOST;
+        ended += alone.n < MOST;
+        kne_ids_free(&answer[i]);
+    }
+    check(same && said > 3 && full > 20 && ended > 1,
+          "%s: %d answers at once as each alone: %d as the objects, %d ended before %d tokens", spec->name, N, said, ended, MOST);
+
+    same = view && ok(kne_answers(&w->t->m, be, view, fact, N, MOST, logp, right, answer, two_tokens, NULL, NULL, NULL, &err), &err);
+    for (int i = 0; i < N && same; i++)
+        same &= answer[i].n <= 2;
+    for (int i = 0; i < N; i++)
+        kne_ids_free(&answer[i]);
+    check(same, "%s: and no longer than is enough", spec->name);
+
+    int stop = 0;
+
+    for (kne_status st = KNE_ERR_CANCELLED; view && st == KNE_ERR_CANCELLED; stop++)
+    {
+        int left = stop;
+
+        st = kne_answers(&w->t->m, be, view, fact, N, MOST, logp, right, answer, NULL, NULL, stop_after, &left, &err);
+        same &= st == KNE_OK || st == KNE_ERR_CANCELLED;
+        for (int i = 0; i < N; i++)
+            kne_ids_free(&answer[i]);
+    }
+    check(same && stop > MOST, "%s: cancelled at any of %d passes", spec->name, stop - 1);
+    kne_ids_free(&alone);
+    kne_view_free(view);
+    kne_edit_result_free(r);
+    world_free(w);
+}
+
 /* ---- what ends an edit ---- */
 
 static void
@@ -916,7 +1005,10 @@ main(void)
     test_attribution();
     test_references();
     for (int i = 0; i < TINY_N_SPEC; i++)
+    {
         test_single(&tiny_specs[i]);
+        test_answers(&tiny_specs[i]);
+    }
     for (int i = 0; i < 4; i += 3)
     {
         test_variants(&tiny_specs[i]);

@@ -711,7 +711,7 @@ test_generate(const tiny_spec *spec)
 
     kne_work_shape shape = {.max_n = n_prompt, .max_out = 1, .max_overlay = N_EDIT};
 
-    same &= ok(kne_work_new_cached(&t->m, shape, a->n_ctx, &cached, &err), &err);
+    same &= ok(kne_work_new_cached(&t->m, shape, a->n_ctx, 0, &cached, &err), &err);
     for (int32_t i = 0; same && i < out.n; i++)
     {
         /* one more row over the cache, and all rows anew */
@@ -814,8 +814,25 @@ test_refusals(void)
     add_sequence(&p, &t->m.arch, 1, 0, 1, &seed);
     check(kne_forward(&t->m, be, w, &p.b, NULL, NULL, 0, &err) == KNE_ERR_INTERNAL,
           "a batch over the workspace is refused");
-    kne_work *none;
 
+    kne_work *none, *cached = NULL;
+    int32_t   key[3] = {0, 1, 2};
+
+    kne_work_new_cached(&t->m, (kne_work_shape) {.max_n = 1, .max_out = 1}, 4, 3, &cached, &err);
+    q = (packed) {0};
+    add_sequence(&q, &t->m.arch, 1, 0, 1, &seed);
+    q.b.key = key;
+    q.b.n_key = q.seq[0].kv_len = 3;
+    check(kne_forward_cached(&t->m, be, cached, &q.b, NULL, NULL, 0, 2, &err) == KNE_OK &&
+          kne_forward_cached(&t->m, be, cached, &q.b, NULL, NULL, 0, 4, &err) == KNE_ERR_INTERNAL,
+          "keys from a cache, and rows over it refused");
+    q.b.n_key = 2;
+    check(kne_forward_cached(&t->m, be, cached, &q.b, NULL, NULL, 0, 2, &err) == KNE_ERR_INTERNAL,
+          "a sequence over its keys is refused");
+    q.b.n_key = 4;
+    check(kne_forward_cached(&t->m, be, cached, &q.b, NULL, NULL, 0, 2, &err) == KNE_ERR_INTERNAL,
+          "keys over the workspace are refused");
+    kne_work_free(cached);
     check(kne_work_new(&t->m, (kne_work_shape) {0}, &none, &err) == KNE_ERR_INTERNAL && !none,
           "a workspace without rows is refused");
     kne_work_free(lean);
