@@ -539,7 +539,7 @@ main(int argc, char **argv)
         {
             double from = p ? passes[p].start : t0, to = p + 1 < n_passes ? passes[p + 1].start : t1, ops = 0;
 
-            at = passes[p].scored ? ATTRIBUTE : passes[p].ranked ? ENERGY : passes[p].learned ? STEPS
+            at = passes[p].ranked ? ENERGY : passes[p].scored ? ATTRIBUTE : passes[p].learned ? STEPS
                  : last_learned >= 0 && p > last_learned ? AFTER : at == ENERGY || at == ATTRIBUTE || at == ANCHORS ? ANCHORS : at;
             n_pass[at]++;
             for (int k = 0; k < N_KINDS; k++)

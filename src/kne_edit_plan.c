@@ -491,12 +491,14 @@ by_score(const void *pa, const void *pb)
 /*
  * The n best of each live edit of [from, to) by energy, into c->host_index and c->host_picked. A neuron's score is 1 over the best rank that it has for any of the edit's
  * tokens (none below the size of an ensemble). So each token has its share of the ensemble: what follows the first one stands on
- * activations that no known fact has, and would take it whole. n_tokens: of all of them.
+ * activations that no known fact has, and would take it whole. n_tokens: of all of them. attributed: c->score gets their attribution from
+ * the same passes.
  */
 static kne_status
-energies(batch *b, struct kne_ref_cache *cache, choice *c, int32_t from, int32_t to, size_t n_tokens, kne_err *err)
+energies(batch *b, struct kne_ref_cache *cache, choice *c, int32_t from, int32_t to, size_t n_tokens, bool attributed, kne_err *err)
 {
     const kne_edit_job  *job = b->job;
+    const size_t         len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
     const kne_energy_top want = {b->opt.layer_min, b->opt.layer_max, c->n};
     size_t               n_prompts = 0, n = 0, used = 0, at = 0;
     kne_energy_of       *of = malloc((n_tokens + 1) * sizeof *of);
@@ -513,7 +515,8 @@ energies(batch *b, struct kne_ref_cache *cache, choice *c, int32_t from, int32_t
     for (int32_t i = from; i < to && st == KNE_OK; i++)
         for (int32_t j = 0; b->edit[i].state != EDIT_ENDED && j < b->edit[i].out->n_tokens; j++, n++)
         {
-            of[n] = (kne_energy_of) {.prompt = prompt + used, .top = top + n * (size_t) want.n};
+            of[n] = (kne_energy_of) {.prompt = prompt + used, .top = top + n * (size_t) want.n,
+                                     .attribution = attributed ? c->score + n * len : NULL};
             for (int32_t p = 0; p < b->edit[i].spec->n_prompts; p++)
             {
                 const kne_tokens *t = &b->edit[i].prompt[p];
@@ -524,6 +527,8 @@ energies(batch *b, struct kne_ref_cache *cache, choice *c, int32_t from, int32_t
                 of[n].n_prompts++;
             }
         }
+    if (st == KNE_OK && attributed)
+        job->backend->zero(job->backend->ctx, c->score, n_tokens * len * sizeof *c->score);
     if (st == KNE_OK)
         st = kne_energy(job->model, job->backend, job->view, kne_ref_cache_energy(cache), b->protect, b->n_protect, b->opt.ridge, of,
                         (int32_t) n, &want, &job->calls, err);
@@ -634,6 +639,8 @@ ensembles(batch *b, struct kne_ref_cache *cache, kne_err *err)
     const size_t        len = (size_t) job->model->arch.n_layers * (size_t) job->model->arch.d_ff;
     const bool          by_energy = b->opt.select == KNE_SELECT_ENERGY;
     const bool          attributed = by_energy || b->opt.select == KNE_SELECT_ATTRIBUTION; /* for the record too */
+    /* then the passes of the energy are those of the attribution */
+    const bool          both = by_energy && b->opt.points == 1 && b->opt.score == KNE_SCORE_LOGP && b->opt.tokens == KNE_TOKENS_OBJECT;
     choice      c = {0};
     float     **at = NULL, *mean_ref = calloc(len, sizeof *mean_ref);
     kne_tokens *fact = calloc((size_t) job->n_edits + 1, sizeof *fact);
@@ -673,10 +680,10 @@ ensembles(batch *b, struct kne_ref_cache *cache, kne_err *err)
         }
         if (!rows)
             continue;
-        if (attributed)
+        if (attributed && !both)
             st = attribute(b, &c, from, to, n_tokens, at, fact, own, err);
         if (st == KNE_OK && by_energy)
-            st = energies(b, cache, &c, from, to, n_tokens, err);
+            st = energies(b, cache, &c, from, to, n_tokens, both, err);
         else if (st == KNE_OK && b->opt.select == KNE_SELECT_ALL)
             choose_all(b, &c, from, to);
         else if (st == KNE_OK)

@@ -34,6 +34,7 @@ typedef struct energy_pass
     const kne_model               *m;
     kne_backend                   *be;
     const struct kne_energy_known *known; /* NULL: C = I */
+    const kne_energy_of           *of;    /* (n_of) of this pass */
     kne_pack                       pack;
     kne_work                      *work;
     int32_t                        n_of, *row0; /* row0 (n_of + 1) */
@@ -42,6 +43,7 @@ typedef struct energy_pass
     int32_t                       *dev_row0, *index; /* index (n_of, n_top) */
     float                         *b, *x, *z, *k; /* (R, rows), (R, rows), (rows, f), (rows, rows) */
     float                         *score;         /* (n_of, L, f) */
+    float                         *ones;          /* (rows) */
     uint64_t                      *keys;          /* (n_of, n_top) */
 } energy_pass;
 
@@ -170,6 +172,10 @@ visit(void *ctx, const kne_ffn_grad *g)
     const float                   *z = g->a;
     double                         scale = 1;
 
+    for (int32_t e = 0; e < p->n_of; e++)
+        if (p->of[e].attribution)
+            be->score(be->ctx, p->of[e].attribution + g->layer * f, g->a + p->row0[e] * f, g->u + p->row0[e] * f, p->ones,
+                      p->of[e].prompt[0].n - 1, f);
     if (known)
     {
         const int64_t R = known->n_rows;
@@ -189,8 +195,9 @@ visit(void *ctx, const kne_ffn_grad *g)
 }
 
 static kne_status
-flush(energy_pass *p, const kne_view *view, const kne_energy_of *of, const kne_energy_top *want, float *coef, kne_err *err)
+flush(energy_pass *p, const kne_view *view, const kne_energy_top *want, float *coef, kne_err *err)
 {
+    const kne_energy_of *of = p->of;
     const int32_t      n_out = p->pack.b.n_out, V = p->m->arch.vocab_size;
     const int64_t      f = p->m->arch.d_ff, len = p->m->arch.n_layers * f;
     const kne_overlay *ov = view ? &view->overlay : NULL;
@@ -198,8 +205,6 @@ flush(energy_pass *p, const kne_view *view, const kne_energy_of *of, const kne_e
 
     kne_device_put(be, p->dev_row0, p->row0, ((size_t) p->n_of + 1) * sizeof *p->row0);
     KNE_TRY(kne_forward(p->m, be, p->work, &p->pack.b, ov, NULL, 0, err));
-    for (int32_t i = 0; i < n_out; i++)
-        coef[i] = 1;
     kne_work_logprob(be, p->work, 0, n_out, V, p->pack.target, coef, NULL, NULL);
     KNE_TRY(kne_backward(p->m, be, p->work, &p->pack.b, ov, NULL, want ? want->layer_min : 0, visit, p, err));
     for (int32_t e = 0; e < p->n_of && !want; e++)
@@ -279,6 +284,7 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
         p.z = kne_arena_take(&dev, R ? T * f : 0, sizeof *p.z);
         p.k = kne_arena_take(&dev, T * T, sizeof *p.k);
         p.score = kne_arena_take(&dev, (size_t) facts * L, f * sizeof *p.score);
+        p.ones = kne_arena_take(&dev, T, sizeof *p.ones);
         if (turn == 0)
             st = kne_arena_commit(&arena, err);
         if (turn == 0 && st == KNE_OK)
@@ -286,9 +292,14 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
     }
     if (st == KNE_OK)
         st = kne_work_new(m, (kne_work_shape) {rows, rows, view ? view->max_overlay : 0, true}, &p.work, err);
+    for (int32_t i = 0; i < rows && st == KNE_OK; i++)
+        coef[i] = 1;
+    if (st == KNE_OK)
+        kne_device_put(be, p.ones, coef, (size_t) rows * sizeof *coef);
     for (int32_t i = 0; i < n && st == KNE_OK; i += p.n_of)
     {
         kne_pack_clear(&p.pack);
+        p.of = of + i;
         for (p.n_of = 0; i + p.n_of < n && p.n_of < facts && p.pack.b.n + rows_of(&of[i + p.n_of]) <= rows; p.n_of++)
         {
             p.row0[p.n_of] = p.pack.b.n;
@@ -296,10 +307,12 @@ kne_energy(const kne_model *m, kne_backend *be, const kne_view *view, struct kne
                 kne_pack_add(&p.pack, of[i + p.n_of].prompt[k].id, of[i + p.n_of].prompt[k].n, of[i + p.n_of].prompt[k].n_prompt);
         }
         p.row0[p.n_of] = p.pack.b.n;
+        if (i && calls && calls->progress)
+            calls->progress(calls->ctx, KNE_PHASE_ATTRIBUTE, i, n, 0, 0);
         if (calls && calls->yield && calls->yield(calls->ctx))
             st = kne_error(err, KNE_ERR_CANCELLED, "cancelled");
         else
-            st = flush(&p, view, of + i, want, coef, err);
+            st = flush(&p, view, want, coef, err);
     }
     kne_work_free(p.work);
     kne_arena_free(&arena);

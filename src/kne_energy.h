@@ -18,6 +18,8 @@ typedef struct kne_energy_of
     int32_t           n_prompts;
     float            *score;  /* (L, f), overwritten */
     int32_t          *top;    /* instead, where asked for: (n) layer * f + neuron of the most energy first */
+    float            *attribution; /* NULL or (L, f) of the device, added to: what kne_attribute gives with one point for the
+                                    * log-probability of the first prompt's object of one token, of which it is the same pass */
 } kne_energy_of;
 
 typedef struct kne_energy_top

@@ -465,7 +465,9 @@ test_energy(void)
     for (int k = 0; k < F; k++)
         all[k] = k;
     /* edit 0 has prompts 30 and 31, the others one each */
-    kne_energy_of of[3] = {{r.fact + 30, 2, energy[0], NULL}, {r.fact + 40, 1, energy[1], NULL}, {r.fact + 50, 1, energy[2], NULL}};
+    kne_energy_of of[3] = {{r.fact + 30, 2, energy[0], NULL, NULL},
+                           {r.fact + 40, 1, energy[1], NULL, NULL},
+                           {r.fact + 50, 1, energy[2], NULL, NULL}};
 
     check(ok(kne_energy(&r.t->m, be, NULL, NULL, ref, FACTS, 0.01, of, 3, NULL, NULL, &err), &err), "energy is computed");
     for (int turn = 0; turn < 2; turn++)
@@ -505,6 +507,22 @@ test_energy(void)
     of[2].score = alone;
     ok(kne_energy(&r.t->m, be, NULL, NULL, ref, FACTS, 0.01, of + 2, 1, NULL, NULL, &err), &err);
     check(!memcmp(alone, energy[2], sizeof alone), "and an edit's own, whatever it runs with");
+
+    /* the attribution of the first prompt's first token, on the way */
+    static float two[2][3 * F], as[2][3 * F];
+    float       *at[2] = {as[0], as[1]};
+    kne_tokens   first[3] = {r.fact[30], r.fact[40], r.fact[31]};
+    kne_options  opt;
+
+    for (int i = 0; i < 3; i++)
+        first[i].n = first[i].n_prompt + 1;
+    const kne_tokens prompts[2] = {first[0], first[2]};
+    kne_energy_of    both[2] = {{prompts, 2, energy[0], NULL, two[0]}, {first + 1, 1, energy[1], NULL, two[1]}};
+
+    kne_options_defaults(&opt);
+    ok(kne_energy(&r.t->m, be, NULL, NULL, ref, FACTS, 0.01, both, 2, NULL, NULL, &err), &err);
+    ok(kne_attribute(&r.t->m, be, NULL, &opt, first, 2, at, NULL, &err), &err);
+    check(!memcmp(two, as, sizeof as) && as[0][0] != 0 && as[1][3 * F - 1] != 0, "and the attribution of its first prompt, bit for bit");
     r.passes = 0;
     kne_job_calls calls = {.ctx = &r, .yield = count_passes};
     ok(kne_energy(&r.t->m, be, NULL, NULL, NULL, 0, 0.01, of, 1, NULL, &calls, &err), &err);
