@@ -631,7 +631,7 @@ kne_batch_optimise(batch *b, kne_err *err)
     }
     free(mark);
 
-    for (int step = 0; st == KNE_OK; step++)
+    for (int step = 0, seen = 0, ended = 0; st == KNE_OK; step++)
     {
         int32_t next = 0;
 
@@ -645,9 +645,10 @@ kne_batch_optimise(batch *b, kne_err *err)
         kne_rows_compose(b);
         if (count_state(b, EDIT_ACTIVE) == 0)
         {
-            /* all reached, one after another: do they all hold together? */
-            int32_t ended = count_state(b, EDIT_ENDED);
-
+            /* all reached: in the last round, all of them as they are now? Else one after another: do they all hold together? */
+            if (step && count_state(b, EDIT_ENDED) == ended && seen == job->n_edits - ended)
+                break;
+            ended = count_state(b, EDIT_ENDED);
             while (st == KNE_OK && next < job->n_edits)
             {
                 clear_pass(b);
@@ -663,6 +664,8 @@ kne_batch_optimise(batch *b, kne_err *err)
         }
         int32_t next_anchor = 0;
 
+        seen = 0;
+        ended = count_state(b, EDIT_ENDED);
         b->anchors.loss = 0;
         for (int k = 0; k < N_MATRICES; k++)
             if (b->anchors.grad[k])
@@ -678,6 +681,7 @@ kne_batch_optimise(batch *b, kne_err *err)
             if (b->pack.b.n == 0)
                 break;
             b->more = next < job->n_edits;
+            seen += b->n_turn;
             st = run_pass(b, true, err);
             if (st == KNE_OK)
                 st = kne_batch_pause(b, err);

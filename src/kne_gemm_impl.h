@@ -30,6 +30,7 @@
 #endif
 
 #define NT_L1  (16 * 1024)
+#define NT_SHORT 4096 /* bytes of a row of W */
 #define UNROLL _Pragma("GCC unroll 16")
 
 KNE_INLINE float
@@ -97,10 +98,10 @@ finish_row(const kne_gemm *g, const float *sum, int64_t o, int64_t no, int64_t r
 
 /* ---- nt: y[r, o] = sum_k x[r, k] w[o, k] ---- */
 
-/* nr <= R outputs from o, C rows from r. */
+/* nr <= R outputs from o, C rows from r. ahead: how many bytes further W is asked for; 0: it is not. */
 KNE_INLINE void
 nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64_t o, int nr,
-        int64_t r)
+        int64_t r, int64_t ahead)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
     const char   *w[8];
@@ -119,7 +120,11 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
     {
         UNROLL
         for (int i = 0; i < R; i++)
+        {
             wv[i] = vf_load_w(w[i] + k * size, type);
+            if (ahead)
+                __builtin_prefetch(w[i] + k * size + ahead, 0, 2);
+        }
         UNROLL
         for (int c = 0; c < C; c++)
         {
@@ -197,21 +202,25 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
 /* Outputs [o, o1) for the rows of one tile. */
 KNE_INLINE void
 nt_column(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64_t o, int64_t o1,
-          int64_t r)
+          int64_t r, int64_t ahead)
 {
     for (; o < o1; o += R)
-        nt_tile(g, type, R, C, o, (int) (o1 - o < R ? o1 - o : R), r);
+        nt_tile(g, type, R, C, o, (int) (o1 - o < R ? o1 - o : R), r, ahead);
 }
 
 KNE_INLINE void
 nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1)
 {
+    const int64_t size = type == KNE_F32 ? 4 : 2;
     int64_t n = r1 - r0, pairs = (n + 1) / 2, tiles = (pairs + NT_C / 2 - 1) / (NT_C / 2);
     int64_t step = n <= 2 ? 8 : NT_R;
     /* as many rows of W as stay in half of a first-level cache while the rows of x pass by */
-    int64_t fit = NT_L1 / ((g->k + 1) * (type == KNE_F32 ? 4 : 2)) / step * step;
+    int64_t fit = NT_L1 / ((g->k + 1) * size) / step * step;
 
     step = fit > step ? fit : step;
+    /* the next of them, where rows are too short for the processor to see that they are read in a row */
+    int64_t next = n > 2 && g->k * size <= NT_SHORT ? step * g->ldw * size : 0;
+
     for (int64_t o = o0; o < o1; o += step)
     {
         int64_t oe = o1 - o < step ? o1 : o + step;
@@ -220,21 +229,22 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
         {
             /* tiles of nearly equal and even width: none is narrow, and rows go in pairs */
             int64_t r = r0 + pairs * t / tiles * 2, re = r0 + pairs * (t + 1) / tiles * 2;
+            int64_t ahead = t == 0 && oe + step <= o1 ? next : 0;
 
             switch ((int) ((re < r1 ? re : r1) - r))
             {
-                case 1: nt_column(g, type, 8, 1, o, oe, r); break;
+                case 1: nt_column(g, type, 8, 1, o, oe, r, ahead); break;
                 case 2:
                     if (n == 2)
-                        nt_column(g, type, 8, 2, o, oe, r);
+                        nt_column(g, type, 8, 2, o, oe, r, ahead);
                     else
-                        nt_column(g, type, NT_R, 2, o, oe, r);
+                        nt_column(g, type, NT_R, 2, o, oe, r, ahead);
                     break;
-                case 3: nt_column(g, type, NT_R, 3, o, oe, r); break;
-                case 4: nt_column(g, type, NT_R, 4, o, oe, r); break;
+                case 3: nt_column(g, type, NT_R, 3, o, oe, r, ahead); break;
+                case 4: nt_column(g, type, NT_R, 4, o, oe, r, ahead); break;
 #if NT_C > 4
-                case 5: nt_column(g, type, NT_R, 5, o, oe, r); break;
-                case 6: nt_column(g, type, NT_R, 6, o, oe, r); break;
+                case 5: nt_column(g, type, NT_R, 5, o, oe, r, ahead); break;
+                case 6: nt_column(g, type, NT_R, 6, o, oe, r, ahead); break;
 #endif
             }
         }
