@@ -64,6 +64,8 @@ extern void kne_event_user(int64 edit_id, const char *event, const char *key, co
 /* The instant at which what this transaction changes of a model comes into force; takes the model's lock until the transaction ends. */
 extern TimestampTz kne_stamp_of(int32 model_id);
 
+/* Lock the rows of the facts of these edits, in order. */
+extern void kne_lock_facts(const int64 *edit_id, int n);
 /* Take edits out, as kne_revert_all; sorts the ids, returns how many there were. */
 extern int kne_revert_edits(int64 *edit_id, int n, const char *reason);
 /* Take a pending or running one back, as kne_cancel; false: it had finished. */

@@ -348,6 +348,28 @@ lock_fact(int64 edit_id, Request *out)
     out->in_base = kne_spi_bool(0, 6);
 }
 
+/* The rows of many facts, in the order in which those of one are locked: two who want some of the same wait, and do not deadlock. */
+void
+kne_lock_facts(const int64 *edit_id, int n)
+{
+    static KnePlan lock = {
+        "SELECT count(*) FROM (SELECT FROM kne.edit_request r WHERE (r.model_id, r.subject, r.relation) IN"
+        " (SELECT e.model_id, e.subject, e.relation FROM kne.edit_request e WHERE e.edit_id = ANY ($1))"
+        " ORDER BY r.edit_id FOR NO KEY UPDATE OF r) l",
+        1,
+        {INT8ARRAYOID}};
+    Datum *id = palloc(sizeof(Datum) * Max(n, 1)), value;
+
+    for (int i = 0; i < n; i++)
+        id[i] = Int64GetDatum(edit_id[i]);
+    value = PointerGetDatum(construct_array(id, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
+    kne_spi_connect();
+    kne_spi(&lock, KNE_WRITE, &value, NULL);
+    kne_spi_finish();
+    pfree(DatumGetPointer(value));
+    pfree(id);
+}
+
 /* ---------------------------------------------------------------- revert */
 
 /* Put the newest superseded edit of the fact back in force; false when there is none. */
@@ -496,6 +518,7 @@ kne_revert_edits(int64 *edit_id, int n, const char *reason)
     for (int i = 0; i < n; i++)
         if (i == 0 || edit_id[i] != edit_id[i - 1])
             edit_id[unique++] = edit_id[i];
+    kne_lock_facts(edit_id, unique);
     for (int pass = 0; pass < 2; pass++)
         for (int i = 0; i < unique; i++)
         {
@@ -661,6 +684,7 @@ retry_body(PG_FUNCTION_ARGS)
 
     kne_spi_connect();
     ids = rows_of(kne_spi(&unit, KNE_WRITE, &value, NULL), &n);
+    kne_lock_facts(ids, (int) n);
     for (uint64 i = 0; i < n; i++)
         retry_one(ids[i]);
     kne_spi_finish();

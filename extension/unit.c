@@ -138,6 +138,7 @@ revert_unit_body(PG_FUNCTION_ARGS)
     id = palloc(sizeof *id * Max(n, 1));
     for (uint64 i = 0; i < n; i++)
         id[i] = kne_spi_int8(i, 1);
+    kne_lock_facts(id, (int) n);
     for (uint64 i = 0; i < n; i++)
         kne_revert_edit(id[i], reason);
     kne_spi_finish();
