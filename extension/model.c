@@ -302,10 +302,11 @@ kne_load_model(PG_FUNCTION_ARGS)
 static Datum
 move_model_body(PG_FUNCTION_ARGS)
 {
-    static KnePlan move = {"UPDATE kne.model SET path = $2, fingerprint = $3 WHERE model_id = $1", 3, {INT4OID, TEXTOID, TEXTOID}};
+    static KnePlan move = {"UPDATE kne.model SET path = $2, fingerprint = $3 WHERE model_id = $1 AND fingerprint = $4", 4,
+                           {INT4OID, TEXTOID, TEXTOID, TEXTOID}};
     KneModel *model;
     KneBase base;
-    Datum values[3];
+    Datum values[4];
     char *path, *fingerprint;
 
     if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
@@ -321,8 +322,10 @@ move_model_body(PG_FUNCTION_ARGS)
     values[0] = Int32GetDatum(model->model_id);
     values[1] = CStringGetTextDatum(path);
     values[2] = CStringGetTextDatum(fingerprint);
+    values[3] = CStringGetTextDatum(model->fingerprint);
     kne_spi_connect();
-    kne_spi(&move, KNE_WRITE, values, NULL);
+    if (kne_spi(&move, KNE_WRITE, values, NULL) == 0)
+        ereport(ERROR, (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE), errmsg("model \"%s\" was rebased or dropped meanwhile", model->name)));
     kne_spi_finish();
     PG_RETURN_VOID();
 }

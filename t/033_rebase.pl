@@ -6,6 +6,7 @@ use FindBin;
 use lib $FindBin::RealBin;
 use KneTest;
 use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::RecursiveCopy;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -98,7 +99,16 @@ is(q1("SELECT kne_wait($more)"), 'applied', 'another fact');
 invariants();
 $node->restart;
 is(q1("SELECT kne_knows('Spain', 'capital', 'Rome') AND kne_knows('France', 'capital', 'Madrid')"), 't', 'after a restart too');
-cmp_ok(q1("SELECT kne_rebase('$dir/base2') ->> 'edits'"), '==', 1, 'and once more');
+PostgreSQL::Test::RecursiveCopy::copypath("$dir/base", "$dir/moved");
+my ($rebase, $move) = map { $node->background_psql('postgres', on_error_stop => 0) } 1 .. 2;
+$rebase->query_safe('BEGIN');
+cmp_ok($rebase->query_safe("SELECT kne_rebase('$dir/base2') ->> 'edits'"), '==', 1, 'and once more');
+$move->query_until(qr/begun/, "\\echo begun\nSELECT kne_move_model('m', '$dir/moved');\n");
+ok($node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ~ '^SELECT kne_move_model' AND wait_event_type = 'Lock')"),
+	'the base is moved while it is rebased');
+$rebase->query_safe('COMMIT');
+$_->quit for $move, $rebase;
+is(q1('SELECT path FROM kne.model'), "$dir/base2", 'which is of a base that is no more');
 is(q1("SELECT string_agg(edits::text, ' ' ORDER BY rebase_id) FROM kne.rebase"), '2 3', 'three are in it by now');
 invariants();
 
