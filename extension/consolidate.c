@@ -37,6 +37,7 @@ consolidate_body(PG_FUNCTION_ARGS)
 
     kne_options_from_jsonb(PG_ARGISNULL(1) ? NULL : PG_GETARG_JSONB_P(1), &options);
     kne_require_preload();
+    kne_check_subscriptions("consolidate");
     model = kne_model_by_name(PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0)));
     resolved = kne_options_resolve(PG_ARGISNULL(1) ? NULL : PG_GETARG_JSONB_P(1), model->model_id, "consolidation", &options);
     kne_check_layers(&options, model);

@@ -93,6 +93,11 @@ extern void kne_require_version(void);
 /* Wake this database's worker when (and only if) the current transaction commits. */
 extern void kne_wake_at_commit(void);
 
+/* SQL, FROM and WHERE: subscriptions s of this database that bring edits of another server. */
+#define KNE_SUBSCRIPTIONS \
+    " FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_subscription_rel b ON b.srsubid = s.oid" \
+    " WHERE s.subenabled AND b.srrelid = 'kne.activation'::pg_catalog.regclass"
+
 /* ---- the engine's socket (client.c) ---- */
 typedef struct KneReply
 {

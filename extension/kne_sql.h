@@ -116,6 +116,8 @@ typedef struct KneBase
 } KneBase;
 
 extern KneBase kne_base_of(const KneModel *model);
+/* ERROR while a subscription brings edits: "cannot `what`". */
+extern void kne_check_subscriptions(const char *what);
 /* SQL: is the edit of row r part of its model's base since a rebase (rebase.c), from which nothing is taken out? */
 #define KNE_IN_BASE(r) "EXISTS (SELECT FROM kne.solution b WHERE b.edit_id = " r ".edit_id AND b.provenance ? 'rebase')"
 

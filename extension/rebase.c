@@ -42,34 +42,41 @@ kne_base_of(const KneModel *model)
     return base;
 }
 
-/*
- * ERROR where other servers would not know of it, or would undo it: rows of kne.rebase must go wherever deltas go, and what comes from
- * elsewhere is rebased there.
- */
+/* ERROR where edits of another server come in: what becomes of them is decided there. */
+void
+kne_check_subscriptions(const char *what)
+{
+    static KnePlan look = {"SELECT string_agg(DISTINCT s.subname, ', ')" KNE_SUBSCRIPTIONS};
+    char *subscription;
+
+    kne_spi_connect();
+    kne_spi(&look, KNE_WRITE, NULL, NULL);
+    subscription = kne_spi_text(0, 1, CurrentMemoryContext);
+    if (subscription)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                        errmsg("cannot %s while subscription \"%s\" brings edits", what, subscription),
+                        errdetail("What becomes of these is decided on the server that publishes them."),
+                        errhint("Do it there, or ALTER SUBSCRIPTION ... DISABLE first, for good.")));
+    kne_spi_finish();
+}
+
+/* ERROR where other servers would not know of it: rows of kne.rebase must go wherever deltas go. */
 static void
-check_replication(void)
+check_publications(void)
 {
     static KnePlan look = {
-        "SELECT (SELECT string_agg(DISTINCT p.pubname, ', ') FROM pg_publication_tables p WHERE p.schemaname = 'kne' AND p.tablename = 'activation'"
-        " AND NOT EXISTS (SELECT FROM pg_publication_tables r WHERE r.pubname = p.pubname AND r.schemaname = 'kne' AND r.tablename = 'rebase')),"
-        " (SELECT string_agg(DISTINCT s.subname, ', ') FROM pg_subscription s JOIN pg_subscription_rel r ON r.srsubid = s.oid"
-        " WHERE s.subenabled AND r.srrelid = 'kne.activation'::regclass)"};
-    char *publication, *subscription;
+        "SELECT string_agg(DISTINCT p.pubname, ', ') FROM pg_publication_tables p WHERE p.schemaname = 'kne' AND p.tablename = 'activation'"
+        " AND NOT EXISTS (SELECT FROM pg_publication_tables r WHERE r.pubname = p.pubname AND r.schemaname = 'kne' AND r.tablename = 'rebase')"};
+    char *publication;
 
     kne_spi_connect();
     kne_spi(&look, KNE_WRITE, NULL, NULL);
     publication = kne_spi_text(0, 1, CurrentMemoryContext);
-    subscription = kne_spi_text(0, 2, CurrentMemoryContext);
     if (publication)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("cannot rebase while publication \"%s\" has edits without kne.rebase", publication),
                         errdetail("Its subscribers would go on with the base of before."),
                         errhint("ALTER PUBLICATION ... ADD TABLE kne.rebase, and there ALTER SUBSCRIPTION ... REFRESH PUBLICATION.")));
-    if (subscription)
-        ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                        errmsg("cannot rebase while subscription \"%s\" brings edits", subscription),
-                        errdetail("What becomes of these is decided on the server that publishes them."),
-                        errhint("Rebase there, or ALTER SUBSCRIPTION ... DISABLE first, for good.")));
     kne_spi_finish();
 }
 
@@ -187,7 +194,8 @@ rebase_body(PG_FUNCTION_ARGS)
                         errdetail("Only members of pg_read_server_files and pg_write_server_files rebase models.")));
     kne_require_preload();
     model = kne_model_by_name(PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1)));
-    check_replication();
+    check_publications();
+    kne_check_subscriptions("rebase");
     after.at = lock_all(model->model_id);
 
     PushActiveSnapshot(GetLatestSnapshot()); /* what was committed while the locks were waited for */

@@ -509,7 +509,7 @@ kne_repair_consolidations(const int64 *in_hand, int n_in_hand)
 
 /*
  * For each model: how much has happened since its edits were last consolidated, when an automatic one may run next (naptime after the
- * last that ended, however it ended), and whether anything happened since. $1 threshold, $2 scale factor, $3 naptime.
+ * last that ended, however it ended), and whether anything happened since; none where a subscription brings edits. $1 threshold, $2 scale factor, $3 naptime.
  */
 #define DUE \
     "SELECT m.model_id, last_try + $3 * '1 second'::interval AS not_before FROM kne.model m," \
@@ -524,7 +524,8 @@ kne_repair_consolidations(const int64 *in_hand, int n_in_hand)
     "  AND e.at > coalesce(c.last, '-infinity')) d" \
     " WHERE greatest(a.fresh, d.n) > $1 + $2 * a.n AND a.n > 0" \
     " AND (last_try IS NULL OR greatest(a.at, d.at) > last_try)" \
-    " AND NOT EXISTS (SELECT FROM kne.consolidation c WHERE c.model_id = m.model_id AND c.state IN ('pending', 'running'))"
+    " AND NOT EXISTS (SELECT FROM kne.consolidation c WHERE c.model_id = m.model_id AND c.state IN ('pending', 'running'))" \
+    " AND NOT EXISTS (SELECT" KNE_SUBSCRIPTIONS ")"
 
 static const Oid due_types[] = {INT4OID, FLOAT8OID, INT4OID};
 

@@ -126,6 +126,14 @@ cmp_ok($own, '>', 1 << 40, 'ids far away');
 is($two->safe_psql('postgres', "SELECT kne_wait($own)"), 'applied', 'an edit of its own');
 is($two->safe_psql('postgres', "SELECT state FROM kne.edit_request WHERE edit_id = $pending"), 'pending', 'the other still waits');
 
+fails($two, 'SELECT kne_consolidate()', qr/55000: .*cannot consolidate while subscription "kne" brings edits/s, 'no consolidation of what comes from elsewhere');
+$two->safe_psql('postgres', "ALTER SYSTEM SET $_") for 'kne.autoconsolidate = on', 'kne.autoconsolidate_threshold = 0', 'kne.autoconsolidate_scale_factor = 0', 'kne.autoconsolidate_naptime = 0';
+$two->reload;
+$own = kne_edit($two, 'Spain', 'Lisbon');
+is($two->safe_psql('postgres', "SELECT kne_wait($own)"), 'applied', 'another');
+$two->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'kne worker')");
+is($two->safe_psql('postgres', 'SELECT count(*) FROM kne.consolidation WHERE automatic'), '0', 'none by itself either');
+
 # the first is gone: what waits is taken over
 $one->stop('immediate');
 $two->safe_psql('postgres', 'ALTER SUBSCRIPTION kne DISABLE');
