@@ -252,18 +252,6 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 }
 
 /*
- * T rows of x, side by side at each k: rows that lie a power of two apart would push each other out of the caches. to[k, T].
- */
-KNE_INLINE void
-pack_rows(const int T, float *to, const float *x, int64_t xs_row, int64_t xs_k, int64_t nk)
-{
-    for (int64_t k = 0; k < nk; k++, to += T)
-        UNROLL
-        for (int t = 0; t < T; t++)
-            to[t] = x[t * xs_row + k * xs_k];
-}
-
-/*
  * ---- nt of many rows: the same sums, but a vector holds 16 outputs instead of 16 lanes of one ----
  *
  * W is turned into panels of TURN_W outputs, lane by lane, once for all rows; then every load of W is a plain load
@@ -325,6 +313,38 @@ turn_square(vf *r)
     turn_step(r, 1);
 }
 
+/*
+ * T rows of x, side by side at each k: rows that lie a power of two apart would push each other out of the caches.
+ * to[k, T], and what lies after it may be written over.
+ */
+KNE_INLINE void
+pack_rows(const int T, float *to, const float *x, int64_t xs_row, int64_t xs_k, int64_t nk)
+{
+    int64_t k = 0;
+
+#if VL == 8
+    if (xs_k == 1)
+        for (; k + VL <= nk; k += VL)
+        {
+            vf r[VL];
+
+            UNROLL
+            for (int t = 0; t < VL; t++)
+                r[t] = t < T ? vf_load(x + t * xs_row + k) : vf_zero();
+            turn_square(r);
+            UNROLL
+            for (int i = 0; i < VL; i++) /* a whole vector: what is too much is put right by the next k or rows */
+                vf_store(to + (k + i) * T, r[i]);
+        }
+#endif
+    for (; xs_row == 1 && k < nk; k++)
+        memcpy(to + k * T, x + k * xs_k, (size_t) T * sizeof *to);
+    for (; k < nk; k++)
+        UNROLL
+        for (int t = 0; t < T; t++)
+            to[k * T + t] = x[t * xs_row + k * xs_k];
+}
+
 /* panel[at][j, TURN_W] = w[o, k0 + j VL + turn_order[at]]; 0 beyond nk and no outputs. */
 KNE_INLINE void
 turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t no, int64_t k0, int64_t nk)
@@ -373,9 +393,14 @@ turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk
             for (int t = 0; t < VL; t++)
                 r[t] = t < T ? vf_load_w_part((const char *) (x + t * xs_row + j * VL), KNE_F32, left) : vf_zero();
         turn_square(r);
-        UNROLL
-        for (int i = 0; i < VL; i++)
-            memcpy(packed + (i * nj + j) * T, &r[turn_order[i]], (size_t) T * sizeof *packed);
+        if ((nj - j) * T >= VL) /* a whole vector: what is too much is put right as this lane goes on */
+            UNROLL
+            for (int i = 0; i < VL; i++)
+                vf_store(packed + (i * nj + j) * T, r[turn_order[i]]);
+        else
+            UNROLL
+            for (int i = 0; i < VL; i++)
+                memcpy(packed + (i * nj + j) * T, &r[turn_order[i]], (size_t) T * sizeof *packed);
     }
 }
 
@@ -389,6 +414,7 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
     const int64_t nj = (nk + VL - 1) / VL;
     float         part[4][TURN_TILE] __attribute__((aligned(64)));
 
+    UNROLL
     for (int at = 0; at < VL; at++)
     {
         const int    lane = turn_order[at];
@@ -406,7 +432,8 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
             for (int i = 0; i < TURN_V; i++)
             {
                 wv[i] = vf_load(p + i * VL);
-                __builtin_prefetch(p + TURN_AHEAD * TURN_W + i * VL); /* a panel is wider than the first cache */
+                if (i * VL % 16 == 0) /* a line each */
+                    __builtin_prefetch(p + TURN_AHEAD * TURN_W + i * VL); /* a panel is wider than the first cache */
             }
             UNROLL
             for (int t = 0; t < T; t++)
@@ -427,6 +454,7 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         }
         int level = 0;
 
+        UNROLL
         for (; at >> level & 1; level++)
             UNROLL
             for (int i = 0; i < T * TURN_V; i++)
@@ -558,8 +586,7 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 
 #define NN_W      (NN_V * VL)        /* outputs of a tile */
 #define NN_K      128                /* k of a block: changing it changes bits */
-#define NN_ROWS   60                 /* rows of a block of any width */
-#define NN_MOST   256               /* of a narrow one */
+#define NN_ROWS   256                /* rows of a block, each of which widens W again */
 #define NN_ACC    (128 * 1024)       /* floats of accumulators of a block */
 #define NN_SUB    256                /* outputs whose part of W is widened at a time */
 #define NN_PANEL  (NN_K * NN_W + 64) /* not a power of two: panels are written side by side */
@@ -717,11 +744,10 @@ nn_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 static void
 nn(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scratch)
 {
-    /* more rows where they are less wide, since each block widens W again; blocks of equal size */
-    int64_t fit = NN_ACC / (o1 - o0), most = fit < NN_ROWS ? NN_ROWS : fit < NN_MOST ? fit : NN_MOST;
-    int64_t n = r1 - r0, blocks = (n + most - 1) / most, cols = NN_ACC / ((n + blocks - 1) / blocks) / NN_W * NN_W;
+    /* blocks of equal size */
+    int64_t n = r1 - r0, blocks = (n + NN_ROWS - 1) / NN_ROWS, cols = NN_ACC / ((n + blocks - 1) / blocks) / NN_W * NN_W;
 
-    _Static_assert((NN_ACC + NN_SUB / NN_W * NN_PANEL + NN_MOST * NN_K) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
+    _Static_assert((NN_ACC + NN_SUB / NN_W * NN_PANEL + NN_ROWS * NN_K + VL) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
     for (int64_t o = o0; o < o1; o += cols)
         for (int64_t b = 0; b < blocks; b++)
         {
