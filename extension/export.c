@@ -107,17 +107,10 @@ card(const KneView *view, bool adapter)
         " JOIN kne.solution s USING (edit_id, generation) ORDER BY edit_id",
         2,
         {INT8ARRAYOID, INT4ARRAYOID}};
-    Datum *id = palloc(sizeof(Datum) * Max(view->n, 1)), *generation = palloc(sizeof(Datum) * Max(view->n, 1)), values[2];
+    Datum values[2] = {kne_int8_array(view->edit_id, view->n), kne_int4_array(view->generation, view->n)};
     StringInfoData s;
     uint64 n;
 
-    for (int i = 0; i < view->n; i++)
-    {
-        id[i] = Int64GetDatum(view->edit_id[i]);
-        generation[i] = Int32GetDatum(view->generation[i]);
-    }
-    values[0] = PointerGetDatum(construct_array(id, view->n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
-    values[1] = PointerGetDatum(construct_array(generation, view->n, INT4OID, sizeof(int32), true, TYPALIGN_INT));
     initStringInfo(&s);
     appendStringInfo(&s, "---\nlibrary_name: %s\ntags:\n- knowledge-editing\n- kne\n---\n\n# ", adapter ? "peft" : "transformers");
     put_cell(&s, view->model->name);

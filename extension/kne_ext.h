@@ -93,6 +93,11 @@ extern void kne_require_version(void);
 /* Wake this database's worker when (and only if) the current transaction commits. */
 extern void kne_wake_at_commit(void);
 
+/* SQL arrays, in the current context (worker_sql.c). */
+extern Datum kne_int8_array(const int64 *v, int n);
+extern Datum kne_int4_array(const int32 *v, int n);
+extern Datum kne_float4_array(const float4 *v, int n);
+
 /* SQL, FROM and WHERE: subscriptions s of this database that bring edits of another server. */
 #define KNE_SUBSCRIPTIONS \
     " FROM pg_catalog.pg_subscription s JOIN pg_catalog.pg_subscription_rel b ON b.srsubid = s.oid" \

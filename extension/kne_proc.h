@@ -93,9 +93,6 @@ extern uint64 kne_sql(const char *sql, int nargs, const Oid *types, Datum *value
 extern int64 kne_sql_int8(uint64 row, int col);
 extern char *kne_sql_text(uint64 row, int col);
 extern TimestampTz kne_sql_time(uint64 row, int col); /* 0: null */
-extern Datum kne_int8_array(const int64 *v, int n);
-extern Datum kne_int4_array(const int32 *v, int n);
-extern Datum kne_float4_array(const float4 *v, int n);
 /* {"key": value, ...} piece by piece. */
 extern void kne_json_open(StringInfo s);
 extern void kne_json_text(StringInfo s, const char *key, const char *value); /* left out when NULL */

@@ -42,22 +42,32 @@ kne_base_of(const KneModel *model)
     return base;
 }
 
+/* The names that a query finds, NULL: none. */
+static char *
+names(KnePlan *look)
+{
+    MemoryContext mcxt = CurrentMemoryContext;
+    char *found;
+
+    kne_spi_connect();
+    kne_spi(look, KNE_WRITE, NULL, NULL);
+    found = kne_spi_text(0, 1, mcxt);
+    kne_spi_finish();
+    return found;
+}
+
 /* ERROR where edits of another server come in: what becomes of them is decided there. */
 void
 kne_check_subscriptions(const char *what)
 {
     static KnePlan look = {"SELECT string_agg(DISTINCT s.subname, ', ')" KNE_SUBSCRIPTIONS};
-    char *subscription;
+    char *subscription = names(&look);
 
-    kne_spi_connect();
-    kne_spi(&look, KNE_WRITE, NULL, NULL);
-    subscription = kne_spi_text(0, 1, CurrentMemoryContext);
     if (subscription)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("cannot %s while subscription \"%s\" brings edits", what, subscription),
                         errdetail("What becomes of these is decided on the server that publishes them."),
                         errhint("Do it there, or ALTER SUBSCRIPTION ... DISABLE first, for good.")));
-    kne_spi_finish();
 }
 
 /* ERROR where other servers would not know of it: rows of kne.rebase must go wherever deltas go. */
@@ -67,17 +77,13 @@ check_publications(void)
     static KnePlan look = {
         "SELECT string_agg(DISTINCT p.pubname, ', ') FROM pg_publication_tables p WHERE p.schemaname = 'kne' AND p.tablename = 'activation'"
         " AND NOT EXISTS (SELECT FROM pg_publication_tables r WHERE r.pubname = p.pubname AND r.schemaname = 'kne' AND r.tablename = 'rebase')"};
-    char *publication;
+    char *publication = names(&look);
 
-    kne_spi_connect();
-    kne_spi(&look, KNE_WRITE, NULL, NULL);
-    publication = kne_spi_text(0, 1, CurrentMemoryContext);
     if (publication)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
                         errmsg("cannot rebase while publication \"%s\" has edits without kne.rebase", publication),
                         errdetail("Its subscribers would go on with the base of before."),
                         errhint("ALTER PUBLICATION ... ADD TABLE kne.rebase, and there ALTER SUBSCRIPTION ... REFRESH PUBLICATION.")));
-    kne_spi_finish();
 }
 
 static TimestampTz

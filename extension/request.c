@@ -358,16 +358,12 @@ kne_lock_facts(const int64 *edit_id, int n)
         " ORDER BY r.edit_id FOR NO KEY UPDATE OF r) l",
         1,
         {INT8ARRAYOID}};
-    Datum *id = palloc(sizeof(Datum) * Max(n, 1)), value;
+    Datum value = kne_int8_array(edit_id, n);
 
-    for (int i = 0; i < n; i++)
-        id[i] = Int64GetDatum(edit_id[i]);
-    value = PointerGetDatum(construct_array(id, n, INT8OID, sizeof(int64), true, TYPALIGN_DOUBLE));
     kne_spi_connect();
     kne_spi(&lock, KNE_WRITE, &value, NULL);
     kne_spi_finish();
     pfree(DatumGetPointer(value));
-    pfree(id);
 }
 
 /* ---------------------------------------------------------------- revert */
