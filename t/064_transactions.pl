@@ -46,7 +46,7 @@ is(state_of('Malaga'), 'applied', 'the request outside of it is done');
 $node->safe_psql('postgres', qq{CREATE PROCEDURE three() LANGUAGE plpgsql AS \$\$ BEGIN
 	FOR i IN 1 .. 3 LOOP PERFORM kne_edit('Land ' || i, 'capital', 'Lyon' || i, options => '$quick'); IF i = 2 THEN ROLLBACK; ELSE COMMIT; END IF; END LOOP; END \$\$;
 	CALL three()});
-is($node->safe_psql('postgres', "SELECT string_agg(object, ' ' ORDER BY 1) FROM kne.edit_request WHERE subject ~ '^Land'"), 'Lyon1 Lyon3', 'a procedure that commits and rolls back');
+is($node->safe_psql('postgres', "SELECT string_agg(object, ' ' ORDER BY object) FROM kne.edit_request WHERE subject ~ '^Land'"), 'Lyon1 Lyon3', 'a procedure that commits and rolls back');
 
 # one snapshot, one model; the own revert is seen
 my $id = $node->safe_psql('postgres', "SELECT edit_id FROM kne.edit_request WHERE object = 'Lyon'");
