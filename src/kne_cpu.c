@@ -14,6 +14,8 @@
 
 /* Below so many multiply-adds a product stays on the caller: a hand-off costs about a microsecond. */
 #define SPLIT_MIN 300000.0
+/* k from which on a row's sum over lanes costs little beside its products, so that turning W pays later. */
+#define TURN_LONG 512
 
 typedef void (*gemm_kernel)(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1,
                             void *scratch);
@@ -86,7 +88,7 @@ gemm_nt(kne_cpu *cpu, kne_gemm *g, int64_t out, int64_t n)
     /* rows of x of a block stay in half of a second-level cache while rows of W pass by */
     int64_t r_max = 512 * 1024 / (int64_t) sizeof(float) / (g->k > 0 ? g->k : 1);
 
-    g->turn = n >= cpu->turn_min;
+    g->turn = n / (g->k < TURN_LONG ? 1 : 2) >= cpu->turn_min;
     if (g->turn) /* few blocks of rows, of equal size, since each turns W again */
     {
         int64_t blocks = (n + 1023) / 1024;
@@ -194,7 +196,7 @@ typedef struct isa_row
     bool (*here)(void);
     const kne_gemm_kernels *gemm;
     void (*fill)(kne_backend *be);
-    int64_t turn_min; /* rows from which on it pays to turn W */
+    int64_t turn_min; /* rows from which on it pays to turn W (long sums: twice as many) */
 } isa_row;
 
 static bool

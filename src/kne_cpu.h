@@ -47,7 +47,7 @@ typedef struct kne_cpu
     kne_pool               *pool;
     int                     n_threads;
     const kne_gemm_kernels *gemm;
-    int64_t                 turn_min; /* rows from which on kernel nt turns W */
+    int64_t                 turn_min; /* rows from which on kernel nt turns W; of long sums twice as many */
     char                   *scratch; /* n_threads x KNE_CPU_SCRATCH */
     void                   *scratch_raw;
     char                    name[64];

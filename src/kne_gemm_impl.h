@@ -32,6 +32,11 @@
 #define NT_L1  (16 * 1024)
 #define NT_SHORT 4096 /* bytes of a row of W */
 #define UNROLL _Pragma("GCC unroll 16")
+/*
+ * Several k's a turn: where two threads share a core, it is instructions that are short, and what a loop costs beside its
+ * products is taken from them.
+ */
+#define UNROLL_K _Pragma("GCC unroll 4")
 
 KNE_INLINE float
 finish(const kne_gemm *g, float sum, int64_t o, float y)
@@ -116,6 +121,7 @@ nt_tile(const kne_gemm *g, const kne_dtype type, const int R, const int C, int64
     UNROLL
     for (int i = 0; i < R * C; i++)
         acc[i] = vf_zero();
+    UNROLL_K
     for (; k + VL <= g->k; k += VL)
     {
         UNROLL
@@ -263,7 +269,6 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 #define TURN_K    1024 /* k of a panel; of longer sums the lanes so far are put aside */
 #define TURN_ROWS 256  /* rows whose lanes can be put aside */
 #define TURN_PACKED (512 * 1024) /* floats of x that lie packed */
-#define TURN_AHEAD 6
 #define TURN_TILE (TURN_T * TURN_W)
 
 /* The lanes in the order in which vf_sum4 comes to pair them: sums of two, of two of these, and so on. */
@@ -426,15 +431,12 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         UNROLL
         for (int i = 0; i < T * TURN_V; i++)
             c[i] = first ? vf_zero() : vf_load(mine + i * VL);
+        UNROLL_K
         for (int64_t j = 0; j < n; j++, p += TURN_W, xl += T)
         {
             UNROLL
             for (int i = 0; i < TURN_V; i++)
-            {
                 wv[i] = vf_load(p + i * VL);
-                if (i * VL % 16 == 0) /* a line each */
-                    __builtin_prefetch(p + TURN_AHEAD * TURN_W + i * VL); /* a panel is wider than the first cache */
-            }
             UNROLL
             for (int t = 0; t < T; t++)
             {
@@ -594,29 +596,22 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 #define NN_DIRECT(type) ((type) == KNE_F32 ? 25 : 7)
 
 /*
- * acc[T, NN_W] += x[T, nk] w[nk, NN_W], x packed; first: =. ahead (or NULL): the part of W that comes
- * next, ahead_step bytes a row, to be in the cache by then.
+ * c[T, NN_V] += x[T, nk] w[nk, NN_W], x packed. ahead (or NULL): the part of W that comes next, ahead_step bytes a row,
+ * to be in the cache by then.
  */
 KNE_INLINE void
-nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
-        int64_t ahead_step)
+nn_sum(const int T, vf *c, const float *x, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead, int64_t ahead_step)
 {
     const int64_t size = type == KNE_F32 ? 4 : 2;
-    vf            c[NN_T * NN_V], wv[NN_V];
 
-    UNROLL
-    for (int t = 0; t < T; t++)
-        UNROLL
-        for (int i = 0; i < NN_V; i++)
-            c[t * NN_V + i] = vf_zero();
+    UNROLL_K
     for (int64_t k = 0; k < nk; k++)
     {
+        vf wv[NN_V];
+
         if (ahead)
-        {
             for (int i = 0; i < NN_W * 2; i += 64)
-                __builtin_prefetch(ahead + i, 0, 2);
-            ahead += ahead_step;
-        }
+                __builtin_prefetch(ahead + k * ahead_step + i, 0, 2);
         UNROLL
         for (int i = 0; i < NN_V; i++)
             wv[i] = vf_load_w(w + (k * ldw + i * VL) * size, type);
@@ -630,6 +625,22 @@ nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, cons
                 c[t * NN_V + i] = vf_fma(xv, wv[i], c[t * NN_V + i]);
         }
     }
+}
+
+/* acc[T, NN_W] += what nn_sum comes to; first: =. */
+KNE_INLINE void
+nn_tile(const int T, float *acc, int64_t ldacc, bool first, const float *x, const char *w, const kne_dtype type, int64_t ldw, int64_t nk, const char *ahead,
+        int64_t ahead_step)
+{
+    vf c[NN_T * NN_V];
+
+    UNROLL
+    for (int i = 0; i < T * NN_V; i++)
+        c[i] = vf_zero();
+    if (ahead)
+        nn_sum(T, c, x, w, type, ldw, nk, ahead, ahead_step);
+    else
+        nn_sum(T, c, x, w, type, ldw, nk, NULL, 0);
     UNROLL
     for (int t = 0; t < T; t++)
         UNROLL
