@@ -432,15 +432,15 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         for (int i = 0; i < T * TURN_V; i++)
             c[i] = first ? vf_zero() : vf_load(mine + i * VL);
         UNROLL_K
-        for (int64_t j = 0; j < n; j++, p += TURN_W, xl += T)
+        for (int64_t j = 0; j < n; j++)
         {
             UNROLL
             for (int i = 0; i < TURN_V; i++)
-                wv[i] = vf_load(p + i * VL);
+                wv[i] = vf_load(p + j * TURN_W + i * VL);
             UNROLL
             for (int t = 0; t < T; t++)
             {
-                vf xv = vf_set1(xl[t]);
+                vf xv = vf_set1(xl[j * T + t]);
 
                 UNROLL
                 for (int i = 0; i < TURN_V; i++)
@@ -545,8 +545,12 @@ nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, 
                 float        *mine = first && last ? aside : aside + r * VL * TURN_W;
 
                 turn_tile_any(rows, sum, x, panel, nk, mine, first, last);
-                for (int64_t i = 0; i < rows && last; i++)
-                    finish_row(g, sum + i * TURN_W, o, no, r0 + r + i);
+                if (last && no == TURN_W) /* a constant: no loop over the vectors of a row */
+                    for (int64_t i = 0; i < rows; i++)
+                        finish_row(g, sum + i * TURN_W, o, TURN_W, r0 + r + i);
+                else
+                    for (int64_t i = 0; i < rows && last; i++)
+                        finish_row(g, sum + i * TURN_W, o, no, r0 + r + i);
             }
         }
 }
