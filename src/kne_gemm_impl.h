@@ -266,7 +266,7 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 #define TURN_V    NN_V /* vectors of outputs x rows of one tile */
 #define TURN_T    NN_T
 #define TURN_W    (TURN_V * VL)
-#define TURN_K    1024 /* k of a panel; of longer sums the lanes so far are put aside */
+#define TURN_K    (VL == 16 ? 1024 : 2048) /* k of a panel; of longer sums the lanes so far are put aside */
 #define TURN_ROWS 256  /* rows whose lanes can be put aside */
 #define TURN_PACKED (512 * 1024) /* floats of x that lie packed */
 #define TURN_TILE (TURN_T * TURN_W)
