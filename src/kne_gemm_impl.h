@@ -270,6 +270,8 @@ nt_block(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_
 #define TURN_ROWS 256  /* rows whose lanes can be put aside */
 #define TURN_PACKED (512 * 1024) /* floats of x that lie packed */
 #define TURN_TILE (TURN_T * TURN_W)
+#define TURN_U    4 /* terms of a lane come in multiples of these, the last of them 0 */
+#define TURN_TERMS(nk) (((nk) + TURN_U * VL - 1) / (TURN_U * VL) * TURN_U)
 
 /* The lanes in the order in which vf_sum4 comes to pair them: sums of two, of two of these, and so on. */
 #if VL == 16
@@ -354,14 +356,14 @@ pack_rows(const int T, float *to, const float *x, int64_t xs_row, int64_t xs_k, 
 KNE_INLINE void
 turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t no, int64_t k0, int64_t nk)
 {
-    const int64_t size = type == KNE_F32 ? 4 : 2, nj = (nk + VL - 1) / VL;
+    const int64_t size = type == KNE_F32 ? 4 : 2, nj = TURN_TERMS(nk);
 
     for (int64_t o = 0; o < TURN_W; o += VL)
         for (int64_t j = 0; j < nj; j++)
         {
             vf          r[VL];
             const char *w = g->w + ((o0 + o) * g->ldw + k0 + j * VL) * size;
-            const int   left = (int) (nk - j * VL < VL ? nk - j * VL : VL);
+            const int   left = (int) (nk - j * VL < VL ? nk - j * VL : VL); /* of the last terms less than 1 */
 
             if (left == VL && o + VL <= no)
                 UNROLL
@@ -370,7 +372,7 @@ turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, in
             else
                 UNROLL
                 for (int i = 0; i < VL; i++)
-                    r[i] = o + i < no ? vf_load_w_part(w + i * g->ldw * size, type, left) : vf_zero();
+                    r[i] = o + i < no && left > 0 ? vf_load_w_part(w + i * g->ldw * size, type, left) : vf_zero();
             turn_square(r);
             UNROLL
             for (int i = 0; i < VL; i++)
@@ -382,7 +384,7 @@ turn_panel(float *panel, const kne_gemm *g, const kne_dtype type, int64_t o0, in
 KNE_INLINE void
 turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk)
 {
-    const int64_t nj = (nk + VL - 1) / VL;
+    const int64_t nj = TURN_TERMS(nk);
 
     for (int64_t j = 0; j < nj; j++)
     {
@@ -396,7 +398,7 @@ turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk
         else
             UNROLL
             for (int t = 0; t < VL; t++)
-                r[t] = t < T ? vf_load_w_part((const char *) (x + t * xs_row + j * VL), KNE_F32, left) : vf_zero();
+                r[t] = t < T && left > 0 ? vf_load_w_part((const char *) (x + t * xs_row + j * VL), KNE_F32, left) : vf_zero();
         turn_square(r);
         if ((nj - j) * T >= VL) /* a whole vector: what is too much is put right as this lane goes on */
             UNROLL
@@ -416,37 +418,35 @@ turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk
 KNE_INLINE void
 turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk, float *aside, bool first, bool last)
 {
-    const int64_t nj = (nk + VL - 1) / VL;
+    const int64_t nj = TURN_TERMS(nk);
     float         part[4][TURN_TILE] __attribute__((aligned(64)));
 
     UNROLL
     for (int at = 0; at < VL; at++)
     {
-        const int    lane = turn_order[at];
-        const float *p = panel + at * nj * TURN_W, *xl = x + at * nj * T;
-        float       *mine = aside + at * T * TURN_W;
-        int64_t      n = (nk - lane + VL - 1) / VL;
-        vf           c[TURN_T * TURN_V], wv[TURN_V];
+        float *mine = aside + at * T * TURN_W;
+        vf     c[TURN_T * TURN_V], wv[TURN_V];
 
         UNROLL
         for (int i = 0; i < T * TURN_V; i++)
             c[i] = first ? vf_zero() : vf_load(mine + i * VL);
-        UNROLL_K
-        for (int64_t j = 0; j < n; j++)
-        {
+        for (int64_t j = 0; j < nj; j += TURN_U)
             UNROLL
-            for (int i = 0; i < TURN_V; i++)
-                wv[i] = vf_load(p + j * TURN_W + i * VL);
-            UNROLL
-            for (int t = 0; t < T; t++)
+            for (int u = 0; u < TURN_U; u++, panel += TURN_W, x += T)
             {
-                vf xv = vf_set1(xl[j * T + t]);
-
                 UNROLL
                 for (int i = 0; i < TURN_V; i++)
-                    c[t * TURN_V + i] = vf_fma(wv[i], xv, c[t * TURN_V + i]);
+                    wv[i] = vf_load(panel + i * VL);
+                UNROLL
+                for (int t = 0; t < T; t++)
+                {
+                    vf xv = vf_set1(x[t]);
+
+                    UNROLL
+                    for (int i = 0; i < TURN_V; i++)
+                        c[t * TURN_V + i] = vf_fma(wv[i], xv, c[t * TURN_V + i]);
+                }
             }
-        }
         if (!last)
         {
             UNROLL
@@ -514,7 +514,7 @@ pack_rows_any(int64_t n, float *to, const float *x, int64_t xs_row, int64_t xs_k
 KNE_INLINE void
 nt_turned_type(const kne_gemm *g, const kne_dtype type, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
 {
-    const int64_t n = r1 - r0, tiles = (n + TURN_T - 1) / TURN_T, k_padded = (g->k + VL - 1) / VL * VL;
+    const int64_t n = r1 - r0, tiles = (n + TURN_T - 1) / TURN_T, k_padded = TURN_TERMS(g->k) * VL;
     float        *panel = scratch, *aside = panel + TURN_K * TURN_W, *packed = aside + TURN_ROWS * VL * TURN_W;
 
     for (int64_t t = 0; t < tiles; t++)
@@ -559,7 +559,7 @@ static void
 nt_turned(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, float *scratch)
 {
     _Static_assert((TURN_K * TURN_W + TURN_ROWS * VL * TURN_W + TURN_PACKED) * sizeof(float) <= KNE_CPU_SCRATCH, "scratch");
-    const int64_t fit = TURN_PACKED / ((g->k + VL - 1) / VL * VL), most = g->k <= TURN_K || fit < TURN_ROWS ? fit : TURN_ROWS;
+    const int64_t fit = TURN_PACKED / (TURN_TERMS(g->k) * VL), most = g->k <= TURN_K || fit < TURN_ROWS ? fit : TURN_ROWS;
     const int64_t blocks = (r1 - r0 + most - 1) / most;
 
     for (int64_t b = 0; b < blocks; b++)
