@@ -14,6 +14,8 @@
 
 /* Below so many multiply-adds a product stays on the caller: a hand-off costs about a microsecond. */
 #define SPLIT_MIN 300000.0
+/* Rows below which a task is not split again: each part packs or widens W for itself. */
+#define SPLIT_ROWS 32
 /* k from which on a row's sum over lanes costs little beside its products, so that turning W pays later. */
 #define TURN_LONG 512
 
@@ -26,7 +28,7 @@ typedef struct gemm_job
     kne_cpu        *cpu;
     gemm_kernel     kernel;
     int64_t         out, n;
-    int64_t         o_step, r_step, r_blocks;
+    int64_t         o_unit, o_blocks, r_blocks; /* a grid of tasks */
 } gemm_job;
 
 static inline int64_t
@@ -35,51 +37,57 @@ min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+/* How many blocks of at most `size` n are. */
+static inline int64_t
+blocks_of(int64_t n, int64_t size)
+{
+    return (n + size - 1) / size;
+}
+
 static void
 gemm_task(void *arg, int64_t task, int thread)
 {
     const gemm_job *j = arg;
-    int64_t         o0 = task / j->r_blocks * j->o_step, r0 = task % j->r_blocks * j->r_step;
+    const int64_t   o = task / j->r_blocks, r = task % j->r_blocks, units = blocks_of(j->out, j->o_unit), pairs = blocks_of(j->n, 2);
 
-    j->kernel(j->g, o0, min64(o0 + j->o_step, j->out), r0, min64(r0 + j->r_step, j->n),
-              j->cpu->scratch + (size_t) thread * KNE_CPU_SCRATCH);
+    j->kernel(j->g, units * o / j->o_blocks * j->o_unit, min64(units * (o + 1) / j->o_blocks * j->o_unit, j->out),
+              pairs * r / j->r_blocks * 2, min64(pairs * (r + 1) / j->r_blocks * 2, j->n), j->cpu->scratch + (size_t) thread * KNE_CPU_SCRATCH);
 }
 
 /*
- * o_unit, o_max, r_max: outputs come in multiples of o_unit; the largest block of a task.
- * per_thread: tasks a thread where the shape allows, since threads may be uneven.
+ * o_unit, o_max, r_max: outputs come in multiples of o_unit, rows in pairs; the largest block of a task.
+ * per_thread: tasks a thread where the shape allows, since threads may be uneven; all of nearly equal size.
  */
 static void
 gemm_run(kne_cpu *cpu, const kne_gemm *g, gemm_kernel kernel, int64_t out, int64_t n,
          int64_t o_unit, int64_t o_max, int64_t r_max, int64_t per_thread)
 {
-    gemm_job job = {.g = g, .cpu = cpu, .kernel = kernel, .out = out, .n = n};
-    double   work = (double) out * (double) n * (double) g->k;
+    gemm_job      job = {.g = g, .cpu = cpu, .kernel = kernel, .out = out, .n = n, .o_unit = o_unit};
+    const int64_t threads = (double) out * (double) n * (double) g->k < SPLIT_MIN ? 1 : cpu->n_threads;
 
     if (n <= 0 || out <= 0)
         return;
-    job.o_step = min64(out, o_max);
-    job.r_step = min64(n, r_max);
-    if (cpu->n_threads > 1 && work >= SPLIT_MIN)
+    job.o_blocks = blocks_of(out, o_max);
+    job.r_blocks = blocks_of(n, r_max);
+    if (threads > 1)
     {
-        int64_t want = cpu->n_threads * per_thread;
-        int64_t r_blocks = (n + job.r_step - 1) / job.r_step;
-        int64_t o_want = (want + r_blocks - 1) / r_blocks;
-        int64_t step = (out + o_want - 1) / o_want;
+        const int64_t o_want = min64(blocks_of(threads * per_thread, job.r_blocks), blocks_of(out, o_unit));
+        int64_t       tasks, more = 1;
 
-        step = (step + o_unit - 1) / o_unit * o_unit;
-        job.o_step = min64(job.o_step, step);
+        if (o_want > job.o_blocks)
+            job.o_blocks = o_want;
+        tasks = job.o_blocks * job.r_blocks;
+        /* a few tasks that do not come out even: rows are split as well */
+        while (tasks < threads * per_thread && tasks * more % threads)
+            more++;
+        if (n / (job.r_blocks * more) >= SPLIT_ROWS)
+            job.r_blocks *= more;
     }
-    job.r_blocks = (n + job.r_step - 1) / job.r_step;
-    {
-        int64_t tasks = (out + job.o_step - 1) / job.o_step * job.r_blocks;
-
-        if (work < SPLIT_MIN)
-            for (int64_t t = 0; t < tasks; t++)
-                gemm_task(&job, t, 0);
-        else
-            kne_pool_run(cpu->pool, gemm_task, &job, tasks);
-    }
+    if (threads > 1)
+        kne_pool_run(cpu->pool, gemm_task, &job, job.o_blocks * job.r_blocks);
+    else
+        for (int64_t t = 0; t < job.o_blocks * job.r_blocks; t++)
+            gemm_task(&job, t, 0);
 }
 
 static void
@@ -91,9 +99,9 @@ gemm_nt(kne_cpu *cpu, kne_gemm *g, int64_t out, int64_t n)
     g->turn = n / (g->k < TURN_LONG ? 1 : 2) >= cpu->turn_min;
     if (g->turn) /* few blocks of rows, of equal size, since each turns W again */
     {
-        int64_t blocks = (n + 1023) / 1024;
+        int64_t blocks = blocks_of(n, 1024);
 
-        gemm_run(cpu, g, cpu->gemm->nt, out, n, 64, out, (n + blocks - 1) / blocks, 2);
+        gemm_run(cpu, g, cpu->gemm->nt, out, n, 64, out, blocks_of(n, blocks), 2);
     }
     else
         gemm_run(cpu, g, cpu->gemm->nt, out, n, 8, 64, r_max < 24 ? 24 : r_max, 4);
