@@ -591,7 +591,7 @@ nt(const kne_gemm *g, int64_t o0, int64_t o1, int64_t r0, int64_t r1, void *scra
 /* ---- nn: y[r, o] = sum_k x[r, k] w[k, o] ---- */
 
 #define NN_W      (NN_V * VL)        /* outputs of a tile */
-#define NN_K      128                /* k of a block: changing it changes bits */
+#define NN_K      (VL == 16 ? 128 : 256) /* k of a block: changing it changes bits; with W (NN_K, NN_W) it stays in the first cache */
 #define NN_ROWS   256                /* rows of a block, each of which widens W again */
 #define NN_ACC    (128 * 1024)       /* floats of accumulators of a block */
 #define NN_SUB    256                /* outputs whose part of W is widened at a time */
