@@ -470,6 +470,14 @@ connection_is_dead(void)
     return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
 }
 
+/* What can be asked again of the next engine, as if nothing had been: it changes nothing, and is no long work of the worker. */
+static bool
+is_repeatable(uint16 type)
+{
+    return (type >= KNE_MSG_COMPLETE && type <= KNE_MSG_DETOKENIZE) || type == KNE_MSG_LOCATE ||
+        type == KNE_MSG_SET_PUT || type == KNE_MSG_DELTA_PUT;
+}
+
 /* One request and its answer. False: the engine died meanwhile. */
 static bool
 exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, KneReply *reply)
@@ -496,7 +504,7 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
         if (!send_frame(type, mine, body))
             return false;
     }
-    current = mine;
+    current = is_repeatable(type) ? 0 : mine; /* not what merely supplies an edit: a cancel waits for the edit itself */
     if (patience > 0)
         answer_by = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), patience);
     for (;;)
@@ -528,14 +536,6 @@ exchange(uint16 type, const kne_wbuf *body, KneProgress progress, void *arg, Kne
                 (errcode(ERRCODE_PROTOCOL_VIOLATION),
                  errmsg("the kne engine sent an answer of unknown type %d", got)));
     return true;
-}
-
-/* What can be asked again of the next engine, as if nothing had been: it changes nothing, and is no long work of the worker. */
-static bool
-is_repeatable(uint16 type)
-{
-    return (type >= KNE_MSG_COMPLETE && type <= KNE_MSG_DETOKENIZE) || type == KNE_MSG_LOCATE ||
-        type == KNE_MSG_SET_PUT || type == KNE_MSG_DELTA_PUT;
 }
 
 void
@@ -583,7 +583,7 @@ kne_call_cancel(int64 edit_id)
 
     Assert(in_idle);
     if (current == 0)
-        return false; /* nothing was sent, or not all of it */
+        return false; /* nothing that can be cancelled was sent, or not all of it */
     kne_wbuf_init(&w);
     kne_put_u32(&w, current);
     kne_put_i64(&w, edit_id);

@@ -326,6 +326,21 @@ supply_delta(const KneView *view, const uint8 *digest)
     kne_reply_done(&reply);
 }
 
+static void
+unexpected_answer(const KneReply *reply)
+{
+    ereport(ERROR, (errcode(ERRCODE_PROTOCOL_VIOLATION),
+                    errmsg("unexpected answer %u of the engine", (unsigned) reply->type)));
+}
+
+static void
+cannot_keep(const KneView *view)
+{
+    ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("the engine cannot keep the set of active edits"),
+                    errdetail("Model \"%s\", %d edits; the engine forgot it again and again.",
+                              view->model->name, view->n)));
+}
+
 /* Tell the engine what the set is made of, and the deltas that it lacks. */
 static void
 supply_set(const KneView *view)
@@ -356,7 +371,7 @@ supply_set(const KneView *view)
             return;
         }
         if (reply.type != KNE_MSG_NEED_DELTAS)
-            break;
+            unexpected_answer(&reply);
         n = kne_get_count(&reply.body, 32);
         for (uint32 i = 0; i < n; i++)
         {
@@ -370,9 +385,7 @@ supply_set(const KneView *view)
         }
         kne_reply_done(&reply);
     }
-    ereport(ERROR,
-            (errcode(ERRCODE_INTERNAL_ERROR), errmsg("the engine does not accept the set of active edits"),
-             errdetail("Model \"%s\", %d edits.", view->model->name, view->n)));
+    cannot_keep(view);
 }
 
 void
@@ -385,11 +398,8 @@ kne_call_view(const KneView *view, uint16 type, const kne_wbuf *body, KneProgres
         if (reply->type == KNE_MSG_OK)
             return;
         if (reply->type != KNE_MSG_NEED_SET)
-            ereport(ERROR, (errcode(ERRCODE_PROTOCOL_VIOLATION),
-                            errmsg("unexpected answer %u of the engine", (unsigned) reply->type)));
+            unexpected_answer(reply);
         supply_set(view);
     }
-    ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("the engine cannot keep the set of active edits"),
-                    errdetail("Model \"%s\", %d edits; the engine forgot it again and again.",
-                              view->model->name, view->n)));
+    cannot_keep(view);
 }
