@@ -287,7 +287,7 @@ KNE_INLINE void
 turn_step(vf *r, const int s)
 {
     typedef int vi __attribute__((vector_size(4 * VL)));
-    vi low, high;
+    vi low = {0}, high = {0}; /* every lane is set below */
 
     UNROLL
     for (int x = 0; x < VL; x++)
