@@ -411,6 +411,27 @@ turn_rows(const int T, float *packed, const float *x, int64_t xs_row, int64_t nk
     }
 }
 
+/* c[T, NN_V] += x[T] w[NN_V vectors]: one term of each sum of a tile. */
+KNE_INLINE void
+add_products(const int T, vf *c, const float *x, const char *w, const kne_dtype type)
+{
+    const int64_t size = type == KNE_F32 ? 4 : 2;
+    vf            wv[NN_V];
+
+    UNROLL
+    for (int i = 0; i < NN_V; i++)
+        wv[i] = vf_load_w(w + i * VL * size, type);
+    UNROLL
+    for (int t = 0; t < T; t++)
+    {
+        vf xv = vf_set1(x[t]);
+
+        UNROLL
+        for (int i = 0; i < NN_V; i++)
+            c[t * NN_V + i] = vf_fma(wv[i], xv, c[t * NN_V + i]);
+    }
+}
+
 /*
  * T packed rows of x times a panel. aside: (VL, T, TURN_W) what earlier panels came to (first: none did); last: the lanes are
  * added up into y (T, TURN_W).
@@ -425,7 +446,7 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
     for (int at = 0; at < VL; at++)
     {
         float *mine = aside + at * T * TURN_W;
-        vf     c[TURN_T * TURN_V], wv[TURN_V];
+        vf     c[TURN_T * TURN_V];
 
         UNROLL
         for (int i = 0; i < T * TURN_V; i++)
@@ -433,20 +454,7 @@ turn_tile(const int T, float *y, const float *x, const float *panel, int64_t nk,
         for (int64_t j = 0; j < nj; j += TURN_U)
             UNROLL
             for (int u = 0; u < TURN_U; u++, panel += TURN_W, x += T)
-            {
-                UNROLL
-                for (int i = 0; i < TURN_V; i++)
-                    wv[i] = vf_load(panel + i * VL);
-                UNROLL
-                for (int t = 0; t < T; t++)
-                {
-                    vf xv = vf_set1(x[t]);
-
-                    UNROLL
-                    for (int i = 0; i < TURN_V; i++)
-                        c[t * TURN_V + i] = vf_fma(wv[i], xv, c[t * TURN_V + i]);
-                }
-            }
+                add_products(T, c, x, (const char *) panel, KNE_F32);
         if (!last)
         {
             UNROLL
@@ -611,23 +619,10 @@ nn_sum(const int T, vf *c, const float *x, const char *w, const kne_dtype type, 
     UNROLL_K
     for (int64_t k = 0; k < nk; k++)
     {
-        vf wv[NN_V];
-
         if (ahead)
             for (int i = 0; i < NN_W * 2; i += 64)
                 __builtin_prefetch(ahead + k * ahead_step + i, 0, 2);
-        UNROLL
-        for (int i = 0; i < NN_V; i++)
-            wv[i] = vf_load_w(w + (k * ldw + i * VL) * size, type);
-        UNROLL
-        for (int t = 0; t < T; t++)
-        {
-            vf xv = vf_set1(x[k * T + t]);
-
-            UNROLL
-            for (int i = 0; i < NN_V; i++)
-                c[t * NN_V + i] = vf_fma(xv, wv[i], c[t * NN_V + i]);
-        }
+        add_products(T, c, x + k * T, w + k * ldw * size, type);
     }
 }
 
